@@ -1,6 +1,6 @@
-"""Ops without array operands (inputs, constants, iota, random bits) and the markers that pass values through unchanged.
+"""Ops without array operands (inputs, constants, iota, random bits) and markers that pass values on.
 
-Recorded by tracing, ``functions/creation.py`` and ``random.py``; ``proj`` reads one result of a multi-output node.
+Recorded by tracing, ``functions/creation.py`` and ``random.py``.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from tracejit.ops.registry import NONDIFFERENTIABLE, HasAval, define
 
 Aval = tuple[tuple[int, ...], DType]
 
-# -- values that exist before the graph runs -----------------------------------------------------------------------
+# -- values that exist before the graph runs -------------------------------------------------------
 
 
 def _input_infer(*, index: int, kind: str, shape: tuple[int, ...], dtype: DType) -> Aval:
@@ -34,11 +34,11 @@ input_ = define(
     reference=_input_reference,
     vjp=NONDIFFERENTIABLE,
     category="parameter",
-    meaning="A value given to the program at each call: an argument, a captured array, or an outer value of a sub-graph.",
+    meaning="A value given at each call: an argument, a captured array, or an outer value of a sub-graph.",
     formula="xᵢ",
     shape_rule="as given by the caller",
     grad_rule="the sum of all cotangents that reach it is the gradient",
-    samples=lambda: [],
+    samples=list,
     attrs={
         "index": "int: position among the inputs",
         "kind": "str: argument, capture or outer",
@@ -118,7 +118,7 @@ iota = define(
     attrs={"shape": "tuple of int", "axis": "int", "dtype": "dtype"},
 )
 
-# -- random bits ---------------------------------------------------------------------------------------------------
+# -- random bits -----------------------------------------------------------------------------------
 
 _ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))
 _PARITY = np.uint32(0x1BD11BDA)
@@ -126,7 +126,7 @@ _BLOCK = 1 << 14  # elements per pass: four uint32 buffers of this length stay i
 
 
 def threefry2x32(k0: Any, k1: Any, c0: np.ndarray, c1: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Threefry-2x32 with 20 rounds: the two output words for key ``(k0, k1)`` and counters ``(c0, c1)``, all uint32.
+    """Threefry-2x32-20: the two output words for key ``(k0, k1)`` and counters ``(c0, c1)``, all uint32.
 
     Salmon, Moraes, Dror, Shaw: "Parallel random numbers: as easy as 1, 2, 3", SC 2011. With ``ks = (k0, k1,
     k0 ^ k1 ^ 0x1BD11BDA)`` and all arithmetic modulo 2**32::
@@ -192,7 +192,7 @@ random_bits = define(
     attrs={"shape": "tuple of int"},
 )
 
-# -- markers and projections ---------------------------------------------------------------------------------------
+# -- markers and projections -----------------------------------------------------------------------
 
 identity = define(
     "identity",
@@ -228,7 +228,7 @@ proj = define(
     formula="y = xᵢ",
     shape_rule="the shape of that result",
     grad_rule="autograd hands the cotangents of all results to the operation as one tuple",
-    samples=lambda: [],
+    samples=list,
     attrs={"index": "int"},
     traits=("view",),
 )

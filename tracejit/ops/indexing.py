@@ -1,8 +1,8 @@
 """Gather and scatter: take, take_along_axis and their transposes scatter_add, scatter_add_along_axis.
 
-Recorded by ``functions/indexing.py`` (integer-array indexing, embedding look-up, cross-entropy) and by gradient rules.
-Indices are int64; negative ones count from the end, and what is then still out of range is clipped to the nearest
-element, so that no program can read or write outside an array. (Indices known while tracing are checked before.)
+Recorded by ``functions/indexing.py`` (integer-array indexing, embedding look-up) and by gradient rules. Indices are
+int64; negative ones count from the end, and what is then still out of range is clipped to the nearest element, so
+that no program can read or write outside an array. (Indices known while tracing are checked before.)
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def _wrapped_value(idx: Any, n: int) -> Any:
     return op("minimum")(op("maximum")(positive, zero), last)
 
 
-# -- take and scatter_add: whole sub-arrays ------------------------------------------------------------------------
+# -- take and scatter_add: whole sub-arrays --------------------------------------------------------
 
 
 def _take_infer(x: HasAval, idx: HasAval, *, axis: int) -> Aval:
@@ -98,8 +98,8 @@ def _scatter_add_reference(base: np.ndarray, idx: np.ndarray, upd: np.ndarray, *
     flat = _wrapped(idx, base.shape[axis]).ravel()
     rows = np.moveaxis(out, axis, 0)
     lines = np.moveaxis(upd.reshape(*base.shape[:axis], flat.size, *base.shape[axis + 1 :]), axis, 0)
-    # Rows grouped by target (stable, so sums keep the order of the updates) are added with one reduceat: far faster
-    # than np.add.at for the wide rows of an embedding.
+    # Rows grouped by target (stable, so sums keep the order of the updates) are added with one reduceat: far
+    # faster than np.add.at for the wide rows of an embedding.
     order = np.argsort(flat, kind="stable")
     targets, starts = np.unique(flat[order], return_index=True)
     if rows.dtype == np.bool_:
@@ -127,7 +127,7 @@ scatter_add = define(
     attrs={"axis": "int"},
 )
 
-# -- take_along_axis and scatter_add_along_axis: single elements ---------------------------------------------------
+# -- take_along_axis and scatter_add_along_axis: single elements -----------------------------------
 
 
 def _same_but_axis(a: Shape, b: Shape, axis: int) -> bool:

@@ -24,7 +24,7 @@ def _check_axis(op: str, x: HasAval, axis: int) -> None:
         raise ShapeError.make(f"axis {axis} does not exist", op=op, got={"x": x})
 
 
-# -- sort, argsort -------------------------------------------------------------------------------------------------
+# -- sort, argsort ---------------------------------------------------------------------------------
 
 
 def _sort_infer(x: HasAval, *, axis: int) -> Aval:
@@ -44,7 +44,7 @@ argsort = define(
     reference=lambda x, *, axis: np.argsort(x, axis=axis, kind="stable"),
     vjp=NONDIFFERENTIABLE,
     category="sort",
-    meaning="The positions that put each row in ascending order; equal elements keep their order, NaN goes last.",
+    meaning="The positions that sort each row ascending; equal elements keep their order, NaN goes last.",
     formula="x[y₀] ≤ x[y₁] ≤ …, stable",
     shape_rule="same as the operand; int64",
     samples=lambda: [
@@ -56,7 +56,7 @@ argsort = define(
 
 
 def _sort_vjp(g: Any, y: Any, x: Any, *, axis: int) -> list[Any]:
-    # The rank of each element is the inverse permutation: a gather, where a scatter would need ordered writes.
+    # The rank of each element is the inverse permutation: a gather instead of a scatter.
     rank = argsort(argsort(x, axis=axis), axis=axis)
     return [take_along_axis(g, rank, axis=axis)]
 
@@ -79,7 +79,7 @@ sort = define(
     attrs={"axis": "int"},
 )
 
-# -- cumsum, cumprod -----------------------------------------------------------------------------------------------
+# -- cumsum, cumprod -------------------------------------------------------------------------------
 
 
 def _cumulative_infer(op: str) -> Any:

@@ -1,6 +1,6 @@
 """Ops that only rearrange elements: reshape, transpose, broadcast, slice, flip, pad, concatenate.
 
-Recorded by ``functions/shape.py``, indexing and the gradient rules; the lowering folds them into index arithmetic.
+Recorded by ``functions/shape.py``, indexing and gradient rules; lowering folds them into index arithmetic.
 The set is closed under differentiation: slice and pad are each other's gradient, broadcast_to's is a sum.
 """
 
@@ -27,7 +27,7 @@ def filled(value: Any, shape: Shape, dtype: DType) -> Any:
     return broadcast_to(scalar, shape=shape) if shape else scalar
 
 
-# -- reshape, transpose, broadcast_to ------------------------------------------------------------------------------
+# -- reshape, transpose, broadcast_to --------------------------------------------------------------
 
 
 def _reshape_infer(x: HasAval, *, shape: Shape) -> Aval:
@@ -127,7 +127,7 @@ broadcast_to = define(
     traits=("view",),
 )
 
-# -- slice, pad, flip ----------------------------------------------------------------------------------------------
+# -- slice, pad, flip ------------------------------------------------------------------------------
 
 
 def _slice_infer(x: HasAval, *, start: Shape, stop: Shape, step: Shape) -> Aval:
@@ -253,7 +253,7 @@ flip = define(
     traits=("view",),
 )
 
-# -- concatenate ---------------------------------------------------------------------------------------------------
+# -- concatenate -----------------------------------------------------------------------------------
 
 
 def _concatenate_infer(*xs: HasAval, axis: int) -> Aval:
