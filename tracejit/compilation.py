@@ -1,0 +1,228 @@
+"""From a traced function to something that runs: optimise, lower, compile; and the cache entry that runs it.
+
+Called by ``jit.py`` on a miss; :meth:`Entry.run` is the last stretch of the hot call path.
+"""
+
+from __future__ import annotations
+
+import time
+import weakref
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from tracejit import events
+from tracejit.backend import Device, Executable
+from tracejit.config import log, settings
+from tracejit.environment import Environment
+from tracejit.graph import Graph, Node
+from tracejit.passes import optimise
+from tracejit.program import Program
+from tracejit.tracing import Traced
+
+if TYPE_CHECKING:
+    from tracejit.inspection import Inspection
+
+
+def build_program(graph: Graph, device: Device) -> Program:
+    """The program of ``graph`` for ``device``; without kernels when the backend interprets graphs."""
+    capabilities = device.backend.capabilities(device.spec)
+    if capabilities is None:
+        return Program(graph.name, graph, (), (), (), ())
+    from tracejit.lower import lower
+
+    return lower(graph, capabilities)
+
+
+class Entry:
+    """One compiled specialisation of a traced function: guards, executable, and how results are put together."""
+
+    __slots__ = (
+        "_single",
+        "_variants",
+        "arity",
+        "captures",
+        "device",
+        "environment",
+        "executable",
+        "fixups",
+        "guards",
+        "id",
+        "key",
+        "name",
+        "optimised",
+        "paths",
+        "program",
+        "scalars",
+        "seen_by",
+        "steps",
+        "times",
+        "trace_time",
+        "traced",
+        "trivial",
+    )
+
+    def __init__(
+        self, traced: Traced, optimised: Graph, program: Program, executable: Executable, device: Device, name: str, fixups: Any
+    ) -> None:
+        self.traced = traced
+        self.optimised = optimised
+        self.program = program
+        self.executable = executable
+        self.device = device
+        self.name = name
+        self.environment: Environment | None = None
+        self.key: Any = None
+        self.paths: Sequence[str] = ()
+        self.guards = tuple((g.index, g.value) for g in traced.guards)
+        self.captures = list(traced.captures)
+        self.fixups = fixups
+        #: Leaf positions that are inputs; None = all of them.
+        self.arity: tuple[int, ...] | None = None
+        self.id = events.next_program_id()
+        self.steps = 0
+        self.times: dict[str, float] = {}
+        self.seen_by: weakref.WeakSet[Any] = weakref.WeakSet()
+        self._variants: dict[tuple[int, ...], Executable] = {}
+        on_host = device.backend.on_host
+        # NumPy functions return scalars, not 0-d arrays; device results stay on the device.
+        self.scalars = tuple(i for i, n in enumerate(optimised.outputs) if n.shape == ()) if on_host else ()
+        tree = traced.out_tree
+        self._single = (
+            len(traced.outputs) == 1 and traced.outputs[0] == ("out", 0) and tree.num_nodes == 1
+        )
+        #: True when a call is nothing but "run the executable": the common case, tested on every call.
+        self.trivial = True
+
+    def matches(self, leaves: Sequence[Any]) -> bool:
+        """True if the guards hold: scalar values the graph depends on, and what the function read from outside."""
+        for index, value in self.guards:
+            now = leaves[index]
+            if now != value or type(now) is not type(value):
+                return False
+        environment = self.environment
+        return environment is None or environment.unchanged()
+
+    def gather(self, leaves: Sequence[Any]) -> Sequence[Any]:
+        """The inputs of the executable: the dynamic leaves in order, then the captured arrays."""
+        inputs: Any = leaves if self.arity is None else [leaves[i] for i in self.arity]
+        if self.fixups:
+            inputs = list(inputs)
+            for i in self.fixups:  # byte-swapped arrays
+                value = inputs[i]
+                inputs[i] = value.astype(value.dtype.newbyteorder("="))
+        if self.captures:
+            inputs = [*inputs, *self.captures]
+        return inputs
+
+    def finish(self, outs: list[Any]) -> Any:
+        """The result tree from the executable's outputs."""
+        for i in self.scalars:
+            outs[i] = outs[i][()]
+        if self._single:
+            return outs[0]
+        traced = self.traced
+        return traced.out_tree.unflatten([outs[v] if kind == "out" else v for kind, v in traced.outputs])
+
+    def run(self, leaves: Sequence[Any]) -> Any:
+        """Run unobserved."""
+        return self.finish(self.executable(self.gather(leaves)))
+
+    def run_special(self, leaves: Sequence[Any]) -> Any:
+        """Run under observers or ``debug_nans``."""
+        if settings.debug_nans:
+            return self._run_checked(leaves)
+        return self.run_observed(leaves, events.current_observers())[0]
+
+    # -- observed ----------------------------------------------------------------------------------------------------
+
+    def compile_event(self) -> events.CompileEvent:
+        """What observers get once: graph, kernels, op table."""
+        ops = {n.op.name: n.op.describe() for n in self.optimised.nodes}
+        return events.CompileEvent(
+            self.id, self.name, str(self.device), self.optimised.to_json(), tuple(self.executable.kernels), ops
+        )
+
+    def announce(self, observer: events.Observer) -> None:
+        """Send the compile event to an observer that has not had it."""
+        if observer not in self.seen_by:
+            self.seen_by.add(observer)
+            observer.on_compile(self.compile_event())
+
+    def run_observed(self, leaves: Sequence[Any], observers: Sequence[events.Observer]) -> tuple[Any, events.StepEvent]:
+        """Run once with kernel times and tell ``observers``; returns the result and the event."""
+        for observer in observers:
+            self.announce(observer)
+        inputs = self.gather(leaves)
+        wanted = sorted({w for o in observers for w in o.wanted(self.id)})
+        values = self._values(tuple(wanted), inputs) if wanted else {}
+        begin = time.perf_counter_ns()
+        outs, timing = self.executable.observed(inputs)
+        finish = time.perf_counter_ns()
+        loss = None
+        for node, value in zip(self.optimised.outputs, outs):
+            if node.shape == () and node.dtype.kind == "f":
+                loss = float(np.asarray(value))
+                break
+        event = events.StepEvent(
+            self.id, self.steps, timing.kernels, timing.start, timing.end, timing.live, timing.lane, begin, finish, loss, values
+        )
+        self.steps += 1
+        result = self.finish(outs)
+        for observer in observers:
+            observer.on_step(event)
+        return result, event
+
+    def _values(self, wanted: tuple[int, ...], inputs: Sequence[Any]) -> dict[int, np.ndarray]:
+        """Values of intermediate nodes, from a variant of the program that also returns them (made on first request)."""
+        nodes = [self.optimised.nodes[i] for i in wanted if 0 <= i < len(self.optimised) and not self.optimised.nodes[i].avals]
+        key = tuple(self.optimised.id(n) for n in nodes)
+        variant = self._variants.get(key)
+        backend = self.device.backend
+        if variant is None:
+            graph = Graph.build(f"{self.name}_values", self.optimised.inputs, nodes)
+            variant = backend.compile(build_program(graph, self.device), self.device.spec)
+            self._variants = {key: variant}  # one at a time: the viewer looks at one selection
+        outs = variant(inputs)
+        return {i: np.array(backend.from_device(v)) for i, v in zip(key, outs)}
+
+    def _run_checked(self, leaves: Sequence[Any]) -> Any:
+        from tracejit.nancheck import run_checked
+
+        inputs = [np.asarray(v) for v in self.gather(leaves)]
+        outs = run_checked(self, inputs, events.current_observers())
+        backend = self.device.backend
+        if not backend.on_host:
+            outs = [backend.to_device(np.asarray(o), self.device.spec) for o in outs]
+        return self.finish(outs)
+
+    def inspection(self) -> Inspection:
+        """The report behind ``fn.inspect(...)``."""
+        from tracejit.inspection import Inspection
+
+        return Inspection.of(self)
+
+
+def compile_entry(traced: Traced, name: str, device: Device, leaves: Sequence[Any]) -> Entry:
+    """Optimise, lower and compile one trace for one device."""
+    t0 = time.perf_counter()
+    optimised = optimise(traced.graph)
+    t1 = time.perf_counter()
+    program = build_program(optimised, device)
+    t2 = time.perf_counter()
+    executable = device.backend.compile(program, device.spec)
+    t3 = time.perf_counter()
+    swapped = tuple(
+        k
+        for k, i in enumerate(traced.dynamic)
+        if isinstance(leaves[i], np.ndarray) and not leaves[i].dtype.isnative
+    )
+    entry = Entry(traced, optimised, program, executable, device, name, swapped)
+    if len(traced.dynamic) != len(leaves):
+        entry.arity = traced.dynamic
+    entry.times = {"optimise": t1 - t0, "lower": t2 - t1, "compile": t3 - t2}
+    log("compile", f"{name} on {device}: {len(optimised)} nodes, {len(executable.kernels)} kernels, {(t3 - t0) * 1e3:.1f} ms")
+    return entry
+
+

@@ -1,0 +1,672 @@
+"""The symbolic Tensor that stands for an array while a function is traced, and the context it is recorded in.
+
+``bind`` is the one door through which every operation enters the graph. The Python operators and NumPy protocols of
+:class:`Tensor` forward to ``tracejit.functions``, which has NumPy's promotion and broadcasting.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import numpy as np
+
+from tracejit import source as _source
+from tracejit.dtypes import FLOAT64, INT64, WEAK_DTYPES, DType, canonical, weak_type
+from tracejit.errors import ConcretizationError, DTypeError, LeakedTensorError, ShapeError, TracingError, describe
+from tracejit.graph import ArrayLiteral, GraphBuilder, GuardInfo, Node
+from tracejit.ops.registry import Op
+
+if TYPE_CHECKING:
+    from tracejit import functions as _functions_module
+
+
+class TraceContext:
+    """One recording in progress: the builder, the inputs so far, captured arrays, and guards on scalar values.
+
+    ``parent`` is set for the body of ``cond``/``while_loop``/``scan``; tensors of an outer context used inside become
+    extra inputs of the body (see :attr:`lifted`).
+    """
+
+    def __init__(self, name: str, parent: TraceContext | None = None) -> None:
+        self.name = name
+        self.parent = parent
+        self.builder = GraphBuilder()
+        self.inputs: list[Node] = []
+        self.open = True
+        self.made_at = _source.location()
+        #: Arrays used inside that are not arguments: id -> (array, input node). Held by reference, read at each call.
+        self.captured: dict[int, tuple[Any, Node]] = {}
+        #: Outer tensors used inside a control-flow body: id of outer node -> (outer tensor, inner input node).
+        self.lifted: dict[int, tuple[Tensor, Node]] = {}
+        #: Values of weakly typed scalar arguments at trace time, by input node; reading one makes a guard.
+        self.scalars: dict[Node, Any] = {}
+        self.guards: dict[int, GuardInfo] = {}
+        self.effects: list[Node] = []
+
+    def add_input(self, name: str, shape: Sequence[int], dtype: DType, kind: str = "argument") -> Node:
+        """A new input node; its position among the inputs is its index."""
+        attrs = {"index": len(self.inputs), "kind": kind, "shape": tuple(shape), "dtype": dtype}
+        node = self.builder.add("input", (), attrs, name=name)
+        self.inputs.append(node)
+        return node
+
+    def capture(self, array: Any) -> Node:
+        """The input node for an array of the surroundings (a closed-over weight, a global table)."""
+        found = self.captured.get(id(array))
+        if found is not None:
+            return found[1]
+        if self.parent is not None and self.parent.open:
+            outer = Tensor(self.parent.capture(array), self.parent)
+            return self.lift(outer)
+        node = self.add_input(f"capture{len(self.captured)}", array.shape, canonical(array.dtype), kind="capture")
+        self.captured[id(array)] = (array, node)
+        return node
+
+    def lift(self, outer: Tensor) -> Node:
+        """The input node of this control-flow body for a tensor of an enclosing context."""
+        key = id(outer.node)
+        found = self.lifted.get(key)
+        if found is None:
+            node = self.add_input(outer.node.name or f"outer{len(self.lifted)}", outer.shape, outer.dtype, kind="outer")
+            found = self.lifted[key] = (outer, node)
+        return found[1]
+
+    def encloses(self, inner: TraceContext | None) -> bool:
+        """True if this context is ``inner`` or one of its ancestors."""
+        while inner is not None:
+            if inner is self:
+                return True
+            inner = inner.parent
+        return False
+
+
+class _State(threading.local):
+    def __init__(self) -> None:
+        self.context: TraceContext | None = None
+
+
+_state = _State()
+
+
+def current_context() -> TraceContext | None:
+    """The innermost recording of this thread, or None."""
+    return _state.context
+
+
+class recording:
+    """Context manager: make ``context`` the innermost recording; on exit it is closed and its tensors become invalid."""
+
+    def __init__(self, context: TraceContext) -> None:
+        self.context = context
+
+    def __enter__(self) -> TraceContext:
+        self._before = _state.context
+        _state.context = self.context
+        return self.context
+
+    def __exit__(self, *exc: object) -> None:
+        _state.context = self._before
+        self.context.open = False
+
+
+class Tensor:
+    """A value of the traced function that does not exist yet: shape and dtype are known, elements are not.
+
+    Behaves like ``numpy.ndarray`` in expressions. ``weak`` marks values that stand for Python scalars (NEP 50).
+    """
+
+    __slots__ = ("__weakref__", "ctx", "node", "weak")
+
+    # ndarray operators must hand over to ours; this also beats np.generic scalars.
+    __array_priority__ = 1000
+
+    def __init__(self, node: Node, ctx: TraceContext, weak: bool = False) -> None:
+        self.node = node
+        self.ctx = ctx
+        self.weak = weak
+
+    # -- what is known -------------------------------------------------------------------------------------------
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Sizes of the axes."""
+        return self.node.shape
+
+    @property
+    def dtype(self) -> DType:
+        """Element type."""
+        return self.node.dtype
+
+    @property
+    def ndim(self) -> int:
+        """Number of axes."""
+        return len(self.node.shape)
+
+    @property
+    def size(self) -> int:
+        """Number of elements."""
+        return self.node.size
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the value."""
+        return self.node.nbytes
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of one element."""
+        return self.node.dtype.itemsize
+
+    def __len__(self) -> int:
+        if not self.node.shape:
+            raise TypeError("len() of unsized object")
+        return self.node.shape[0]
+
+    def __iter__(self) -> Iterator[Any]:
+        if not self.node.shape:
+            raise TypeError("iteration over a 0-d array")
+        return (self[i] for i in range(self.node.shape[0]))
+
+    def __repr__(self) -> str:
+        where = f" made at {self.node.source}" if self.node.source else ""
+        return f"Tensor({describe(self)}, {self.node.op.name}{where})"
+
+    __hash__ = None  # type: ignore[assignment]
+
+    # -- what is not known ---------------------------------------------------------------------------------------
+
+    def _concrete(self, wanted: str) -> Any:
+        """The value as a Python scalar if it follows from scalar arguments and constants (then guarded), else an error."""
+        return concretize(self, wanted)
+
+    def __bool__(self) -> bool:
+        return bool(self._concrete("bool"))
+
+    def __int__(self) -> int:
+        return int(self._concrete("int"))
+
+    def __float__(self) -> float:
+        return float(self._concrete("float"))
+
+    def __complex__(self) -> complex:
+        return complex(self._concrete("complex"))
+
+    def __index__(self) -> int:
+        if self.dtype.kind not in "iu":
+            raise TypeError(f"only integer scalar arrays can be converted to a scalar index, not {describe(self)}")
+        return int(self._concrete("index"))
+
+    def __array__(self, dtype: Any = None, copy: Any = None) -> np.ndarray:
+        return np.asarray(self._concrete("NumPy array"), dtype=dtype)
+
+    def item(self, *args: int) -> Any:
+        """The Python scalar, where it is known while tracing."""
+        return (self[args] if args else self)._concrete("Python scalar")
+
+    def tolist(self) -> Any:
+        """The nested list, where it is known while tracing."""
+        value = self._concrete("list")
+        return value.tolist() if isinstance(value, np.ndarray) else value
+
+    def __contains__(self, value: Any) -> bool:
+        return bool((self == value).any())
+
+    def __setitem__(self, index: Any, value: Any) -> NoReturn:
+        raise TracingError.make(
+            "arrays cannot be assigned to in traced code, because recorded values are immutable",
+            op="setitem",
+            got={"x": self},
+            hint="use tj.where(mask, new, x), np.concatenate, or x.at-style rebuilding instead",
+        )
+
+    def __format__(self, spec: str) -> str:
+        if spec:
+            return format(self._concrete("formatted number"), spec)
+        return repr(self)
+
+    # -- NumPy protocols -----------------------------------------------------------------------------------------
+
+    def __array_ufunc__(self, ufunc: np.ufunc, method: str, *inputs: Any, **kwargs: Any) -> Any:
+        from tracejit.functions import dispatch
+
+        return dispatch.array_ufunc(ufunc, method, inputs, kwargs)
+
+    def __array_function__(self, func: Any, types: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        from tracejit.functions import dispatch
+
+        return dispatch.array_function(func, args, kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        from tracejit.functions import dispatch
+
+        return dispatch.missing_attribute(self, name)
+
+    # -- operators -----------------------------------------------------------------------------------------------
+    # One line each: the function has NumPy's semantics and does the rest.
+
+    def __add__(self, other: Any) -> Any:
+        return _binary("add", self, other)
+
+    def __radd__(self, other: Any) -> Any:
+        return _binary("add", other, self)
+
+    def __sub__(self, other: Any) -> Any:
+        return _binary("subtract", self, other)
+
+    def __rsub__(self, other: Any) -> Any:
+        return _binary("subtract", other, self)
+
+    def __mul__(self, other: Any) -> Any:
+        return _binary("multiply", self, other)
+
+    def __rmul__(self, other: Any) -> Any:
+        return _binary("multiply", other, self)
+
+    def __truediv__(self, other: Any) -> Any:
+        return _binary("divide", self, other)
+
+    def __rtruediv__(self, other: Any) -> Any:
+        return _binary("divide", other, self)
+
+    def __floordiv__(self, other: Any) -> Any:
+        return _binary("floor_divide", self, other)
+
+    def __rfloordiv__(self, other: Any) -> Any:
+        return _binary("floor_divide", other, self)
+
+    def __mod__(self, other: Any) -> Any:
+        return _binary("remainder", self, other)
+
+    def __rmod__(self, other: Any) -> Any:
+        return _binary("remainder", other, self)
+
+    def __divmod__(self, other: Any) -> Any:
+        return _binary("floor_divide", self, other), _binary("remainder", self, other)
+
+    def __rdivmod__(self, other: Any) -> Any:
+        return _binary("floor_divide", other, self), _binary("remainder", other, self)
+
+    def __pow__(self, other: Any) -> Any:
+        return _binary("power", self, other)
+
+    def __rpow__(self, other: Any) -> Any:
+        return _binary("power", other, self)
+
+    def __and__(self, other: Any) -> Any:
+        return _binary("bitwise_and", self, other)
+
+    def __rand__(self, other: Any) -> Any:
+        return _binary("bitwise_and", other, self)
+
+    def __or__(self, other: Any) -> Any:
+        return _binary("bitwise_or", self, other)
+
+    def __ror__(self, other: Any) -> Any:
+        return _binary("bitwise_or", other, self)
+
+    def __xor__(self, other: Any) -> Any:
+        return _binary("bitwise_xor", self, other)
+
+    def __rxor__(self, other: Any) -> Any:
+        return _binary("bitwise_xor", other, self)
+
+    def __lshift__(self, other: Any) -> Any:
+        return _binary("left_shift", self, other)
+
+    def __rlshift__(self, other: Any) -> Any:
+        return _binary("left_shift", other, self)
+
+    def __rshift__(self, other: Any) -> Any:
+        return _binary("right_shift", self, other)
+
+    def __rrshift__(self, other: Any) -> Any:
+        return _binary("right_shift", other, self)
+
+    def __lt__(self, other: Any) -> Any:
+        return _binary("less", self, other)
+
+    def __le__(self, other: Any) -> Any:
+        return _binary("less_equal", self, other)
+
+    def __gt__(self, other: Any) -> Any:
+        return _binary("greater", self, other)
+
+    def __ge__(self, other: Any) -> Any:
+        return _binary("greater_equal", self, other)
+
+    def __eq__(self, other: Any) -> Any:
+        return _binary("equal", self, other)
+
+    def __ne__(self, other: Any) -> Any:
+        return _binary("not_equal", self, other)
+
+    def __neg__(self) -> Any:
+        return _f().negative(self)
+
+    def __pos__(self) -> Any:
+        return _f().positive(self)
+
+    def __abs__(self) -> Any:
+        return _f().absolute(self)
+
+    def __invert__(self) -> Any:
+        return _f().invert(self)
+
+    def __round__(self, ndigits: int | None = None) -> Any:
+        return _f().round(self, ndigits or 0)
+
+    def __matmul__(self, other: Any) -> Any:
+        return _binary("matmul", self, other)
+
+    def __rmatmul__(self, other: Any) -> Any:
+        return _binary("matmul", other, self)
+
+    def __getitem__(self, index: Any) -> Any:
+        return _f().getitem(self, index)
+
+    # -- methods and attributes of ndarray -----------------------------------------------------------------------
+
+    @property
+    def T(self) -> Any:
+        """All axes reversed."""
+        return _f().transpose(self)
+
+    @property
+    def mT(self) -> Any:
+        """The last two axes swapped."""
+        return _f().matrix_transpose(self)
+
+    @property
+    def flat(self) -> Any:
+        """The flattened tensor (a copy, unlike NumPy's iterator)."""
+        return _f().ravel(self)
+
+    @property
+    def real(self) -> Tensor:
+        """The tensor itself: there are no complex numbers."""
+        return self
+
+    def astype(self, dtype: Any, **kwargs: Any) -> Any:
+        """Conversion as in NumPy (float to int truncates)."""
+        return _f().astype(self, dtype)
+
+    def reshape(self, *shape: Any, order: str = "C") -> Any:
+        """As ``np.reshape``; one size may be -1."""
+        return _f().reshape(self, shape[0] if len(shape) == 1 else shape, order=order)
+
+    def transpose(self, *axes: Any) -> Any:
+        """As ``ndarray.transpose``."""
+        if not axes or (len(axes) == 1 and axes[0] is None):
+            return _f().transpose(self)
+        return _f().transpose(self, axes[0] if len(axes) == 1 and not isinstance(axes[0], int) else axes)
+
+    def dot(self, other: Any) -> Any:
+        """As ``np.dot``."""
+        return _f().dot(self, other)
+
+    def copy(self, order: str = "C") -> Tensor:
+        """The tensor itself: recorded values are immutable."""
+        return self
+
+
+def _f() -> _functions_module:  # type: ignore[valid-type]
+    from tracejit import functions
+
+    return functions
+
+
+def _binary(name: str, left: Any, right: Any) -> Any:
+    for operand in (left, right):
+        if not isinstance(operand, Tensor | np.ndarray | np.generic | bool | int | float) and not hasattr(
+            operand, "__array__"
+        ):
+            if isinstance(operand, list | tuple):
+                continue
+            return NotImplemented
+    return getattr(_f(), name)(left, right)
+
+
+# Methods that are the NumPy function with the array as first argument.
+for _name in (
+    "sum", "mean", "std", "var", "prod", "max", "min", "argmax", "argmin", "any", "all", "cumsum", "cumprod", "ravel",
+    "squeeze", "swapaxes", "clip", "round", "repeat", "take", "argsort", "diagonal", "trace", "conj", "ptp",
+):  # fmt: skip
+
+    def _method(self: Tensor, *args: Any, _name: str = _name, **kwargs: Any) -> Any:
+        return getattr(_f(), _name)(self, *args, **kwargs)
+
+    _method.__name__ = _name
+    _method.__doc__ = f"As ``np.{_name}`` with this tensor as first argument."
+    setattr(Tensor, _name, _method)
+
+
+def _flatten(self: Tensor, order: str = "C") -> Any:
+    """As ``ndarray.flatten``."""
+    return _f().ravel(self, order)
+
+
+def _sort(self: Tensor, axis: int = -1) -> NoReturn:
+    """In-place sorting does not exist for recorded values."""
+    raise TracingError.make("x.sort() sorts in place, which traced code cannot", op="sort", hint="use np.sort(x)")
+
+
+Tensor.flatten = _flatten  # type: ignore[attr-defined]
+Tensor.sort = _sort  # type: ignore[attr-defined]
+
+
+# -- entering the graph --------------------------------------------------------------------------------------------
+
+
+def bind(op: Op, operands: Sequence[Any], attrs: Mapping[str, Any]) -> Any:
+    """Record ``op`` if any operand is a Tensor (or there are none and a trace is running), else compute it now."""
+    ctx = context_of(operands)
+    if ctx is None:
+        if operands or _state.context is None:
+            return op.reference(*(np.asarray(o) for o in operands), **attrs)
+        ctx = _state.context
+    nodes = tuple(to_node(o, ctx, op=op.name) for o in operands)
+    node = ctx.builder.add(op, nodes, attrs)
+    if "effect" in op.traits and node not in ctx.effects:
+        ctx.effects.append(node)
+    if node.avals:
+        project = _project()
+        return tuple(Tensor(ctx.builder.add(project, (node,), {"index": i}), ctx) for i in range(len(node.avals)))
+    return Tensor(node, ctx)
+
+
+def _project() -> Op:
+    from tracejit.ops import registry
+
+    return registry.get("proj")
+
+
+def context_of(operands: Sequence[Any]) -> TraceContext | None:
+    """The innermost open context among the operands that are tensors; None if none is a tensor."""
+    if not any(isinstance(o, Tensor) for o in operands):
+        return None
+    current = _state.context
+    for o in operands:
+        if isinstance(o, Tensor):
+            check_alive(o)
+            if not o.ctx.encloses(current):
+                raise LeakedTensorError.make(
+                    f"a tensor recorded for {o.ctx.name!r} is used in another trace",
+                    got={"x": o},
+                    hint="pass it as an argument instead",
+                )
+    return current
+
+
+def check_alive(tensor: Tensor) -> None:
+    """LeakedTensorError if the trace that made ``tensor`` has ended; the message names the line that made it."""
+    if not tensor.ctx.open:
+        raise LeakedTensorError.make(
+            f"this tensor was made by line {tensor.node.source or '?'} while tracing {tensor.ctx.name!r}, which has ended; "
+            "it never had a value",
+            got={"x": tensor},
+            hint="return it from the traced function instead of storing it in a global, an attribute or a closure",
+        )
+
+
+def to_node(value: Any, ctx: TraceContext, *, op: str = "") -> Node:
+    """The node in ``ctx`` that stands for an operand: a tensor, an array (captured by reference) or a Python scalar."""
+    if isinstance(value, Tensor):
+        check_alive(value)
+        if value.ctx is ctx:
+            return value.node
+        chain = []
+        inner: TraceContext | None = ctx
+        while inner is not None and inner is not value.ctx:
+            chain.append(inner)
+            inner = inner.parent
+        if inner is None:
+            raise LeakedTensorError.make(f"a tensor recorded for {value.ctx.name!r} is used in another trace", got={"x": value})
+        for level in reversed(chain):
+            value = Tensor(level.lift(value), level, value.weak)
+        return value.node
+    kind = type(value)
+    if kind in WEAK_DTYPES:
+        check_int_range(value, op)
+        return ctx.builder.const(value, WEAK_DTYPES[kind])
+    if isinstance(value, np.generic):
+        return ctx.builder.const(value.item(), canonical(value.dtype, op=op))
+    array = as_array(value, op=op)
+    if array is not value and array.ndim == 0:
+        return ctx.builder.const(array.item(), canonical(array.dtype, op=op))
+    if array is not value and isinstance(array, np.ndarray):  # a list literal in the user's code: a constant
+        return ctx.builder.add("literal", (), {"value": ArrayLiteral(array)})
+    return ctx.capture(array)
+
+
+def check_int_range(value: Any, op: str) -> None:
+    """OverflowError, as NumPy raises, for Python integers that no 64-bit integer can hold."""
+    if type(value) is int and not -(1 << 63) <= value < (1 << 63):
+        raise OverflowError(f"[{op}] Python integer {value} out of bounds for int64; at {_source.location()}")
+
+
+def as_array(value: Any, *, op: str = "") -> Any:
+    """A NumPy or device array of a supported dtype; a clear DTypeError for objects, strings, ragged lists, ..."""
+    if isinstance(value, np.ndarray):
+        canonical(value.dtype, op=op)
+        return value
+    if hasattr(value, "__tracejit_array__"):
+        return value
+    try:
+        array = np.asarray(value)
+    except ValueError as error:  # ragged nested sequences
+        raise ShapeError.make(f"cannot make an array of {type(value).__name__}: {error}", op=op) from None
+    canonical(array.dtype, op=op)
+    return array
+
+
+def is_arraylike(value: Any) -> bool:
+    """True for NumPy arrays and scalars, device arrays, and tensors."""
+    return isinstance(value, Tensor | np.ndarray | np.generic) or hasattr(value, "__tracejit_array__")
+
+
+def aval_dtype(value: Any, *, op: str = "") -> DType | type:
+    """The dtype of an operand, or the Python type ``bool``/``int``/``float`` for weakly typed ones."""
+    if isinstance(value, Tensor):
+        return weak_type(value.dtype) if value.weak else value.dtype
+    kind = type(value)
+    if kind in WEAK_DTYPES:
+        return kind
+    if isinstance(value, complex):
+        raise DTypeError.make("complex numbers are not supported", op=op)
+    dtype = getattr(value, "dtype", None)
+    if dtype is None:
+        dtype = as_array(value, op=op).dtype
+    return canonical(dtype, op=op)
+
+
+# -- concrete values -----------------------------------------------------------------------------------------------
+
+
+def concretize(tensor: Tensor, wanted: str) -> Any:
+    """The trace-time value of ``tensor`` if it depends on scalar arguments and constants only.
+
+    Each scalar argument it depends on becomes a guard of the trace: another value next time means another entry.
+    Otherwise a ConcretizationError that shows the user's line and the chain of operations behind the value.
+    """
+    check_alive(tensor)
+    ctx = tensor.ctx
+    values: dict[Node, Any] = {}
+    order: list[Node] = []
+    stack = [(tensor.node, 0)]
+    seen: set[Node] = set()
+    while stack:
+        node, i = stack.pop()
+        if i == 0:
+            if node in seen:
+                continue
+            seen.add(node)
+        if i < len(node.inputs):
+            stack.append((node, i + 1))
+            stack.append((node.inputs[i], 0))
+        else:
+            order.append(node)
+    used: list[Node] = []
+    for node in order:
+        if node.op.name == "input":
+            if node not in ctx.scalars:
+                raise _unknown_value(tensor, wanted)
+            used.append(node)
+            values[node] = np.asarray(ctx.scalars[node], dtype=node.dtype)
+        elif node.op.name in ("random_bits", "print") or node.avals or node.op.name == "proj":
+            raise _unknown_value(tensor, wanted)
+        else:
+            values[node] = node.op.reference(*(values[i] for i in node.inputs), **node.attrs)
+    where = _source.location()
+    for node in used:
+        index = node.attrs["index"]
+        ctx.guards.setdefault(index, GuardInfo(index, ctx.scalars[node], where))
+    value = np.asarray(values[tensor.node])
+    return value.item() if value.ndim == 0 else value
+
+
+def _unknown_value(tensor: Tensor, wanted: str) -> ConcretizationError:
+    lines = []
+    node: Node | None = tensor.node
+    while node is not None and len(lines) < 6:
+        lines.append(f"    {node.name or node.op.name}: {describe(node)}" + (f"  ({node.source})" if node.source else ""))
+        node = max(node.inputs, key=lambda n: (n.op.name not in ("const", "literal"), n.size), default=None)
+    chain = "\n".join(lines)
+    hints = {
+        "bool": "`if`, `while`, `and`, `or`, `not` need a value: use tj.where(cond, a, b), tj.cond or tj.while_loop; "
+        "`&`, `|`, `~` work on arrays",
+        "index": "a loop count or index must be known while tracing: use a Python int argument, x.shape, tj.scan or np.take",
+        "NumPy array": "this NumPy function is not traceable here: return the tensor and call it on the result",
+    }
+    return ConcretizationError.make(
+        f"Python needs the {wanted} of an array, whose value is not known while tracing",
+        got={"x": tensor},
+        hint=hints.get(wanted, "return the tensor from the traced function and convert the result")
+        + f"\n  the value comes from\n{chain}",
+    )
+
+
+def wrap(value: Any) -> Any:
+    """A weak tensor for nothing, an array for everything: used by functions that accept any operand kind."""
+    return value if is_arraylike(value) or type(value) in WEAK_DTYPES else as_array(value)
+
+
+__all__ = [
+    "FLOAT64",
+    "INT64",
+    "Tensor",
+    "TraceContext",
+    "as_array",
+    "aval_dtype",
+    "bind",
+    "check_alive",
+    "concretize",
+    "context_of",
+    "current_context",
+    "is_arraylike",
+    "recording",
+    "to_node",
+]

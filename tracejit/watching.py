@@ -1,0 +1,57 @@
+"""``tj.watch`` and ``tj.view``: attach the viewer, or a recording, to what runs. Finds the viewer through an entry point.
+
+The viewer package is named nowhere in tracejit; it publishes itself under the entry-point group ``tracejit.viewers``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import os
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from tracejit import events
+from tracejit.errors import TraceError
+from tracejit.graph import Graph
+
+
+def viewer() -> Any:
+    """The installed viewer object; TraceError if there is none."""
+    for entry in importlib.metadata.entry_points(group="tracejit.viewers"):
+        return entry.load()
+    raise TraceError.make("no viewer is installed", op="watch", hint="reinstall tracejit: pip install tracejit")
+
+
+@contextlib.contextmanager
+def watch(record: str | os.PathLike[str] | None = None) -> Iterator[events.Observer]:
+    """Show every traced call of the block in the viewer, or write it to the file ``record`` (``.tjrec``) instead.
+
+    The window lives in a process of its own; closing it never disturbs the program.
+    """
+    if record is not None:
+        recorder = viewer().record_observer(os.fspath(record))
+        try:
+            with events.observe(recorder):
+                yield recorder
+        finally:
+            recorder.close()
+        return
+    with events.observe(viewer().watch_observer()) as observer:
+        yield observer
+
+
+def view(target: Graph | Callable[..., Any], *args: Any, **kwargs: Any) -> None:
+    """Open a window on a graph without running it: ``tj.view(fn, *args)`` or ``tj.view(fn.graph(*args))``."""
+    graph = target if isinstance(target, Graph) else target.graph(*args, **kwargs)  # type: ignore[attr-defined]
+    viewer().view_graph(graph.to_json(), op_table(graph))
+
+
+def render_png(graph: Graph, size: tuple[int, int] = (1280, 720)) -> bytes:
+    """A static picture of ``graph`` as PNG bytes (what notebooks show)."""
+    return viewer().render_png(graph.to_json(), op_table(graph), size)
+
+
+def op_table(graph: Graph) -> dict[str, dict[str, str]]:
+    """The rows of the op table for the ops in ``graph``."""
+    return {n.op.name: n.op.describe() for n in graph.nodes}
