@@ -1,0 +1,301 @@
+"""A compiled program bound to a device: resolves buffers, keeps bind groups, runs one submission per call.
+
+Made by the backend's ``compile``. A warm call does: outputs from the pool, one dictionary lookup for the recording of
+these very buffers, one encode and submit. Temporaries belong to the executable and are given up under memory pressure.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from tracejit.array import Array
+from tracejit.backend import Timing
+from tracejit.errors import DeviceLostError
+from tracejit.events import KernelInfo
+from tracejit.program import AttentionKernel, ContractKernel, Kernel, LoopKernel, Program
+from tracejit_wgpu import fastpath, runtime
+from tracejit_wgpu.compiler import Plan, Step, compile_plan, storage_bytes
+from tracejit_wgpu.host import Context
+from tracejit_wgpu.memory import Handle
+from tracejit_wgpu.storage import WgpuStorage
+from tracejit_wgpu.transfer import pack_scalar, to_storage
+
+_RECORDINGS = 16
+
+
+def _kind(kernel: Kernel) -> str:
+    if isinstance(kernel, LoopKernel):
+        return "loop"
+    if isinstance(kernel, ContractKernel):
+        return "contract"
+    return "attention" if isinstance(kernel, AttentionKernel) else "op"
+
+
+class Executable:
+    """See :class:`tracejit.backend.Executable`."""
+
+    def __init__(self, program: Program, spec: str) -> None:
+        self.program = program
+        self.spec = spec
+        self._buffers = {b.id: b for b in program.buffers}
+        self._scalars = self._scalar_slots()
+        self._inputs = [self._buffers[b] for b in program.inputs]
+        self._runtime: runtime.Runtime | None = None
+        self._plan: Plan | None = None
+        self._prepare(runtime.get(spec))
+        self.kernels: Sequence[KernelInfo] = tuple(self._info(i, k) for i, k in enumerate(program.kernels))
+
+    # ------------------------------------------------------------ building
+    def _scalar_slots(self) -> dict[int, int]:
+        """Inputs that are weakly typed scalars travel in one uniform block."""
+        slots: dict[int, int] = {}
+        nodes = getattr(self.program.graph, "inputs", ())
+        for position, buffer in enumerate(self.program.inputs):
+            kind = nodes[position].attrs.get("kind") if position < len(nodes) else ""
+            if kind in ("scalar", "weak") and buffer not in slots and buffer not in self.program.outputs:
+                slots[buffer] = len(slots)
+        return slots
+
+    def _prepare(self, rt: runtime.Runtime) -> None:
+        """Compile for a device (again after it was lost)."""
+        program = self.program
+        plan = compile_plan(program, rt.target, self.spec, self._scalars)
+        for buffer in program.buffers:
+            rt.pool.check(storage_bytes(plan.tables, buffer.id), f"a value of shape {buffer.shape or (buffer.size,)}")
+        dispatches = [s.dispatch for s in plan.steps if s.dispatch is not None]
+        self._pipelines = rt.pipelines(dispatches)
+        self._kinds = [rt.kinds(d) for d in dispatches]
+        self._dispatches = dispatches
+        self._groups: list[OrderedDict[tuple[int, ...], Any]] = [OrderedDict() for _ in dispatches]
+        self._recordings: OrderedDict[tuple[int, ...], list[Any]] = OrderedDict()
+        f16 = rt.target.f16
+        self._consts = {
+            b.id: rt.upload(to_storage(program.constants[b.index], b.dtype, f16, warn=False))
+            for b in program.buffers
+            if b.kind == "const"
+        }
+        self._uniform = rt.uniform(4 * len(self._scalars)) if self._scalars else None
+        self._uniform_bytes = b""
+        self._slots: list[Handle] = []
+        self._fresh = [b for b in program.buffers if b.kind == "output"]
+        self._fresh_bytes = {b.id: storage_bytes(plan.tables, b.id) for b in self._fresh}
+        self._segments = self._segment(plan.steps)
+        self._runtime, self._plan = rt, plan
+        rt.pool.on_pressure.append(self._give_up)
+
+    def _segment(self, steps: Sequence[Step]) -> list[tuple[int, int] | Step]:
+        """Runs of dispatches (as ranges of dispatch numbers) with host steps between them."""
+        out: list[tuple[int, int] | Step] = []
+        start = number = 0
+        for step in steps:
+            if step.host is not None:
+                if number > start:
+                    out.append((start, number))
+                out.append(step)
+                start = number
+            else:
+                number += 1
+        if number > start:
+            out.append((start, number))
+        return out
+
+    def _give_up(self) -> None:
+        """Memory pressure: temporaries can be made again."""
+        self._slots = []
+        self._recordings.clear()
+        for cache in self._groups:
+            cache.clear()
+
+    def _info(self, number: int, kernel: Kernel) -> KernelInfo:
+        return KernelInfo(
+            id=number,
+            name=kernel.name,
+            kind=_kind(kernel),
+            nodes=kernel.nodes,
+            bytes=kernel.bytes,
+            flops=kernel.flops,
+            source=lambda: self._source(number),
+        )
+
+    def _source(self, number: int) -> str:
+        assert self._plan is not None
+        parts = []
+        for step in self._plan.steps:
+            if step.kernel != number:
+                continue
+            if step.dispatch is not None:
+                d = step.dispatch
+                parts.append(f"// {d.label}: grid {d.grid[0]} x {d.grid[1]} x {d.grid[2]} workgroups\n{d.code}")
+            elif step.host is not None:
+                parts.append(f"// {step.host.label}: runs on the host\n")
+        return "\n".join(parts)
+
+    def inspect(self) -> Mapping[str, str]:
+        """The WGSL of every kernel and what runs how."""
+        assert self._plan is not None and self._runtime is not None
+        wgsl = "\n".join(f"// ==== kernel {k.id}: {k.name}\n{self._source(k.id)}" for k in self.kernels)
+        lines = [f"{len(self._dispatches)} dispatches, {len(self._plan.slot_sizes)} temporary buffers, "
+                 f"{sum(self._plan.slot_sizes):,} bytes on {self._runtime.adapter.name}"]
+        for step in self._plan.steps:
+            if step.dispatch is not None:
+                lines.append(f"kernel {step.kernel}: {step.dispatch.label} grid {step.dispatch.grid} buffers {step.dispatch.buffers}")
+            elif step.host is not None:
+                lines.append(f"kernel {step.kernel}: {step.host.label} on the host")
+        return {"WGSL": wgsl, "dispatches": "\n".join(lines)}
+
+    # ------------------------------------------------------------ running
+    def __call__(self, inputs: Sequence[Any]) -> list[Any]:
+        rt = self._live()
+        with rt.lock:
+            held, outputs = self._bind(rt, inputs)
+            key = tuple([h.buffer.uid for h in held.values()])
+            for segment in self._segments:
+                if isinstance(segment, Step):
+                    self._host(rt, segment, held, inputs)
+                else:
+                    rt.run(self._recording(rt, key, held, segment))
+            return outputs
+
+    def _live(self) -> runtime.Runtime:
+        rt = self._runtime
+        if rt is None or rt.dead is not None:
+            rt = runtime.get(self.spec)
+            self._prepare(rt)
+        return rt
+
+    def _bind(self, rt: runtime.Runtime, inputs: Sequence[Any]) -> tuple[dict[int, Handle], list[Any]]:
+        """Handles of all inputs and outputs of this call, and the arrays to return."""
+        held: dict[int, Handle] = {}
+        packed: list[bytes] = [b"\0\0\0\0"] * len(self._scalars)
+        values: dict[int, Any] = {}
+        for buffer, value in zip(self._inputs, inputs):
+            slot = self._scalars.get(buffer.id)
+            if slot is not None:
+                packed[slot] = pack_scalar(value, buffer.dtype)
+                continue
+            storage = value.storage if type(value) is Array else None
+            if type(storage) is WgpuStorage and storage.runtime is rt:
+                held[buffer.id] = storage.handle
+                values[buffer.id] = value
+            else:
+                held[buffer.id] = self._upload(rt, value, buffer.dtype)
+        if self._uniform is not None:
+            data = b"".join(packed)
+            data += b"\0" * (-len(data) % 16)
+            if data != self._uniform_bytes:
+                rt.write_uniform(self._uniform, data)
+                self._uniform_bytes = data
+        for buffer in self._fresh:
+            held[buffer.id] = rt.pool.acquire(self._fresh_bytes[buffer.id])
+        if not self._slots and self._plan is not None and self._plan.slot_sizes:
+            self._slots = [rt.pool.acquire(n) for n in self._plan.slot_sizes]
+        outputs = []
+        for number in self.program.outputs:
+            if number in values:
+                outputs.append(values[number])
+                continue
+            buffer = self._buffers[number]
+            handle = held[number] if number in held else self._handle(number, held)
+            array = Array(buffer.shape, buffer.dtype, WgpuStorage(rt, handle, buffer.size, buffer.dtype))
+            values[number] = array
+            outputs.append(array)
+        return held, outputs
+
+    def _upload(self, rt: runtime.Runtime, value: Any, dtype: np.dtype) -> Handle:
+        if isinstance(value, Array):
+            value = np.asarray(value)  # lives on another device
+        weak = isinstance(value, bool | int | float)
+        return rt.upload(to_storage(value, dtype, rt.target.f16, warn=not weak))
+
+    def _handle(self, buffer: int, held: Mapping[int, Handle]) -> Handle:
+        found = held.get(buffer)
+        if found is None:
+            found = self._consts.get(buffer)
+        if found is None:
+            assert self._plan is not None
+            found = self._slots[self._plan.slot_of[buffer]]
+        return found
+
+    def _recording(self, rt: runtime.Runtime, key: tuple[int, ...], held: Mapping[int, Handle], part: tuple[int, int]) -> list[Any]:
+        """The (pipeline, bind group, grid) list of a segment for exactly these buffers, from the cache if possible."""
+        found = self._recordings.get((*key, part[0]))
+        if found is not None:
+            return found
+        triples = []
+        for number in range(*part):
+            dispatch = self._dispatches[number]
+            handles: list[Any] = [self._handle(b, held) for b in dispatch.buffers]
+            mine = tuple(h.buffer.uid for h in handles)
+            cache = self._groups[number]
+            group = cache.get(mine)
+            if group is None:
+                if dispatch.uses_scalars:
+                    handles.append(self._uniform)
+                group = cache[mine] = rt.bind_group(self._kinds[number], handles)
+                if len(cache) > 2 * _RECORDINGS:
+                    cache.popitem(last=False)
+            triples.append((self._pipelines[number], group, dispatch.grid))
+        found = fastpath.record(triples)
+        self._recordings[(*key, part[0])] = _Kept(found, triples)
+        if len(self._recordings) > _RECORDINGS * len(self._segments):
+            self._recordings.popitem(last=False)
+        return self._recordings[(*key, part[0])]
+
+    def _host(self, rt: runtime.Runtime, step: Step, held: Mapping[int, Handle], inputs: Sequence[Any]) -> None:
+        assert step.host is not None and self._plan is not None
+        by_id = {b.id: v for b, v in zip(self._inputs, inputs)}
+        step.host.run(Context(rt, lambda b: self._handle(b, held), self._plan.tables, by_id.__getitem__))
+
+    # ------------------------------------------------------------ observing
+    def observed(self, inputs: Sequence[Any]) -> tuple[list[Any], Timing]:
+        """Run once with times per kernel: timestamps inside the pass, per pass, or host clocks, as the device allows."""
+        from tracejit_wgpu.observe import timed_segment
+
+        rt = self._live()
+        assert self._plan is not None
+        numbers: list[int] = []
+        starts: list[int] = []
+        ends: list[int] = []
+        kernel_of = [s.kernel for s in self._plan.steps if s.dispatch is not None]
+        with rt.lock:
+            held, outputs = self._bind(rt, inputs)
+            key = tuple([h.buffer.uid for h in held.values()])
+            for segment in self._segments:
+                if isinstance(segment, Step):
+                    rt.finish()
+                    begin = time.perf_counter_ns()
+                    self._host(rt, segment, held, inputs)
+                    numbers.append(segment.kernel)
+                    starts.append(begin)
+                    ends.append(time.perf_counter_ns())
+                else:
+                    recording = self._recording(rt, key, held, segment)
+                    for number, begin, end in timed_segment(rt, recording, kernel_of[segment[0] : segment[1]]):
+                        numbers.append(number)
+                        starts.append(begin)
+                        ends.append(end)
+            rt.finish()
+        base = sum(self._fresh_bytes.values())
+        live = np.array([self._plan.live[n] + base for n in numbers], np.int64)
+        timing = Timing(
+            np.array(numbers, np.uint32), np.array(starts, np.int64), np.array(ends, np.int64), live, np.zeros(len(numbers), np.uint8)
+        )
+        return outputs, timing
+
+
+class _Kept(list):  # type: ignore[type-arg]
+    """A raw recording that keeps the objects behind its handles alive."""
+
+    __slots__ = ("owners",)
+
+    def __init__(self, raw: list[Any], owners: list[Any]) -> None:
+        super().__init__(raw)
+        self.owners = owners
+
+
+__all__ = ["DeviceLostError", "Executable"]

@@ -1,0 +1,157 @@
+"""Device memory: buffers in size classes, reused through a pool that dead handles feed, with a bound on what lies idle.
+
+A :class:`Handle` owns one buffer; when the last reference to it goes, the buffer returns to the pool. Work is ordered
+by the queue, so a buffer may be handed out again while earlier submissions still read it.
+"""
+
+from __future__ import annotations
+
+import heapq
+import os
+import threading
+from collections import OrderedDict, deque
+from collections.abc import Callable
+from typing import Any
+
+from tracejit.errors import DeviceError, DeviceOutOfMemoryError
+
+#: Idle bytes kept for reuse before the least recently used size class is freed.
+POOL_BYTES = int(os.environ.get("TRACEJIT_WGPU_POOL_BYTES", 2 << 30))
+
+
+def size_class(nbytes: int) -> int:
+    """The buffer size for a request: multiples of 256 up to 1 MiB, above that at most 1/16 more than asked."""
+    if nbytes <= 1 << 20:
+        return max(256, (nbytes + 255) // 256 * 256)
+    step = 1 << (nbytes.bit_length() - 5)
+    return (nbytes + step - 1) // step * step
+
+
+class DeviceBuffer:
+    """One wgpu buffer with a process-wide unique number (never reused, so it can key caches)."""
+
+    __slots__ = ("gpu", "size", "uid")
+
+    def __init__(self, uid: int, gpu: Any, size: int) -> None:
+        self.uid, self.gpu, self.size = uid, gpu, size
+
+    def __lt__(self, other: DeviceBuffer) -> bool:
+        return self.uid < other.uid
+
+
+class Handle:
+    """Shared ownership of a buffer: give the buffer back when nobody holds the handle."""
+
+    __slots__ = ("__weakref__", "_pool", "buffer", "nbytes")
+
+    def __init__(self, pool: Pool, buffer: DeviceBuffer, nbytes: int) -> None:
+        self._pool, self.buffer, self.nbytes = pool, buffer, nbytes
+
+    def __del__(self) -> None:
+        self._pool.returned.append(self.buffer)
+
+
+class Pool:
+    """Free buffers by size class; the one with the lowest number first, so that a loop sees the same buffers again."""
+
+    def __init__(self, create: Callable[[int], Any], limit: int, binding: int) -> None:
+        self._create = create
+        self._limit = min(limit, binding)
+        self._free: OrderedDict[int, list[DeviceBuffer]] = OrderedDict()
+        self._next = 0
+        self._lock = threading.RLock()
+        #: Buffers whose handles died, in any thread; collected by the next request.
+        self.returned: deque[DeviceBuffer] = deque()
+        self.idle = 0
+        self.total = 0
+        #: Called with the pool's lock held when memory runs out, to free what can be made again.
+        self.on_pressure: list[Callable[[], None]] = []
+
+    @property
+    def in_use(self) -> int:
+        """Bytes held by live handles."""
+        with self._lock:
+            self._collect()
+            return self.total - self.idle
+
+    def _collect(self) -> None:
+        while self.returned:
+            buffer = self.returned.popleft()
+            heapq.heappush(self._free.setdefault(buffer.size, []), buffer)
+            self._free.move_to_end(buffer.size)
+            self.idle += buffer.size
+        while self.idle > POOL_BYTES and self._free:
+            self._drop(next(iter(self._free)))
+
+    def _drop(self, size: int) -> None:
+        for buffer in self._free.pop(size):
+            buffer.gpu.destroy()
+            self.idle -= buffer.size
+            self.total -= buffer.size
+
+    def trim(self) -> None:
+        """Free everything idle."""
+        with self._lock:
+            self._collect()
+            for size in list(self._free):
+                self._drop(size)
+
+    def check(self, nbytes: int, what: str = "an array") -> None:
+        """DeviceOutOfMemoryError with the numbers for what no binding of this device can hold."""
+        if nbytes > self._limit:
+            raise DeviceOutOfMemoryError.make(
+                f"{what} of {nbytes:,} bytes does not fit: this device binds at most {self._limit:,} bytes at once",
+                op="wgpu",
+                hint="split the array, or use device='cpu'",
+            )
+
+    def acquire(self, nbytes: int) -> Handle:
+        """A handle on a buffer of at least ``nbytes``. Contents are undefined."""
+        self.check(nbytes)
+        size = min(size_class(max(nbytes, 4)), self._limit // 4 * 4) if nbytes else 256
+        with self._lock:
+            self._collect()
+            free = self._free.get(size)
+            if free:
+                buffer = heapq.heappop(free)
+                if not free:
+                    del self._free[size]
+                else:
+                    self._free.move_to_end(size)
+                self.idle -= size
+                return Handle(self, buffer, nbytes)
+            gpu = self._make(size)
+            self._next += 1
+            self.total += size
+            return Handle(self, DeviceBuffer(self._next, gpu, size), nbytes)
+
+    def _make(self, size: int) -> Any:
+        try:
+            return self._create(size)
+        except DeviceOutOfMemoryError:
+            self.trim()
+            for callback in list(self.on_pressure):
+                callback()
+            self._collect()
+            self.trim()
+        try:
+            return self._create(size)
+        except DeviceOutOfMemoryError as error:
+            raise DeviceOutOfMemoryError.make(
+                f"no room for {size:,} bytes more; {self.total - self.idle:,} bytes are in use by arrays and programs",
+                op="wgpu",
+                hint="drop arrays you no longer need, or use a smaller batch",
+            ) from error
+
+    def forget(self) -> None:
+        """The device is gone: its buffers with it."""
+        with self._lock:
+            self._free.clear()
+            self.idle = self.total = 0
+
+
+def lost(message: str) -> DeviceError:
+    """The error for anything that needs a device that is gone."""
+    from tracejit.errors import DeviceLostError
+
+    return DeviceLostError.make(message, op="wgpu", hint="arrays that lived on it are gone; the next call starts it anew")
