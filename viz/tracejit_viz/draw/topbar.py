@@ -1,0 +1,242 @@
+"""The top bar: name, Forward / Gradient / Both, transport, speed, search, loss curve and numbers. Called by ``window``."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pygame
+
+from ..labels import count_text, number_text, time_text
+from ..ui import SPEEDS, Action, UiState, speed_text
+from .canvas import Canvas
+from .text import BOLD, MEDIUM, MONO, REGULAR, SEMIBOLD, UI, Fonts
+from .theme import ACCENT, CARD, CATEGORY, FAINT, GOOD, LINE, MUTED, PANEL, TEXT, WARM, mix
+
+Zone = tuple[pygame.Rect, Action]
+
+
+class TopBar:
+    """Draws the bar and remembers where its buttons are."""
+
+    def __init__(self, fonts: Fonts) -> None:
+        self.fonts = fonts
+        self.zones: list[Zone] = []
+        self._key: object = None
+        self._picture: pygame.Surface | None = None
+        self.slider = pygame.Rect(0, 0, 0, 0)
+
+    def draw(self, screen: pygame.Surface, rect: tuple[int, int, int, int], ui: UiState, clock: float) -> None:
+        """Blit the bar, redrawing it when something it shows changed."""
+        if rect[3] <= 0:
+            self.zones = []
+            return
+        s = ui.session
+        key = (
+            rect,
+            id(s),
+            s.revision if s else 0,
+            ui.show,
+            ui.playing,
+            ui.speed,
+            ui.query,
+            ui.typing and int(clock * 2) % 2,
+            len(ui.matches),
+            ui.match,
+            ui.step.step if ui.step else -1,
+            ui.follow,
+            ui.live,
+            ui.program,
+            ui.programs,
+            ui.steps_total,
+        )
+        if key != self._key or self._picture is None:
+            self._key = key
+            self._picture = self._paint(rect, ui, clock)
+        screen.blit(self._picture, rect[:2])
+
+    def _paint(self, rect: tuple[int, int, int, int], ui: UiState, clock: float) -> pygame.Surface:
+        w, h = rect[2], rect[3]
+        c = Canvas(w, h, self.fonts, background=PANEL)
+        self.zones = []
+        mid = h / 2
+        c.rect((0, h - 1, w, 1), LINE)
+        if h < 50:
+            self._small(c, w, h, ui)
+            return c.finish()
+        c.circle((30, mid), 11, ACCENT, 2.4)
+        c.circle((30, mid), 4, ACCENT)
+        c.circle((41, mid - 11), 3.4, WARM)
+        c.text("tracejit", (54, mid), 19, TEXT, weight=BOLD)
+        x = 142.0
+        right = float(w)
+        s = ui.session
+        segment = 3 * 86
+        needed = segment + 16 + 130 + 190
+        if w >= 900 and s is not None:
+            room = max(0.0, min(250.0, w - 142 - needed - (250 if w > 1100 else 0)))
+            name = self.fonts.fit(s.name, 13, room - 30, MONO, REGULAR)
+            if name:
+                nw = c.text(name, (x, mid + 1), 13, MUTED, MONO, REGULAR)
+                if len(ui.programs) > 1:
+                    tag = f"{ui.program + 1}/{len(ui.programs)}"
+                    c.text(tag, (x + nw + 8, mid + 1), 10.5, ACCENT, MONO, SEMIBOLD)
+                    self.zones.append((pygame.Rect(x, 10, nw + 40, h - 20), ("program", 1)))
+                    nw += 30
+                x += nw + 24
+        elif w < 700:
+            x = 142.0
+        x = max(x, min(404.0, w * 0.21)) if w >= 1200 else x
+        if w >= 620:
+            self._segment(c, x, h, ui)
+            x += segment + 36
+        for j, name in enumerate(("prev", "play", "next")):
+            cx = x + 15 + j * 40
+            on = name == "play"
+            c.circle((cx, mid), 15, ACCENT if on else CARD)
+            if not on:
+                c.circle((cx, mid), 15, LINE, 1)
+            self._glyph(c, cx, mid, name, ui.playing)
+            self.zones.append((pygame.Rect(cx - 17, mid - 17, 34, 34), (name, None)))
+        x += 120
+        if x + 180 < right:
+            x = self._speed(c, x + 2, mid, ui)
+        right = self._numbers(c, w, mid, ui, x)
+        if right - x > 150:
+            self._search(c, x + 24, min(214.0, right - x - 48), mid, ui, clock)
+        if len(self.zones) == 0:
+            self.zones.append((pygame.Rect(0, 0, w, h), ("none", None)))
+        return c.finish()
+
+    def _small(self, c: Canvas, w: int, h: int, ui: UiState) -> None:
+        mid = h / 2
+        for j, name in enumerate(("prev", "play", "next")):
+            cx = 20 + j * 32
+            on = name == "play"
+            c.circle((cx, mid), 12, ACCENT if on else CARD)
+            self._glyph(c, cx, mid, name, ui.playing)
+            self.zones.append((pygame.Rect(cx - 14, 2, 28, h - 4), (name, None)))
+        s = ui.session
+        if s is not None:
+            text = self.fonts.fit(s.name, 12, w - 130 - 70, MONO, REGULAR)
+            c.text(text, (118, mid), 12, MUTED, MONO, REGULAR)
+            if s.loss:
+                c.text(number_text(s.loss[-1]), (w - 10, mid), 12, TEXT, MONO, BOLD, "rc")
+
+    def _glyph(self, c: Canvas, cx: float, mid: float, name: str, playing: bool) -> None:
+        if name == "play":
+            if playing:
+                c.rect((cx - 5, mid - 6, 3.5, 12), PANEL, 1)
+                c.rect((cx + 1.5, mid - 6, 3.5, 12), PANEL, 1)
+            else:
+                c.poly([(cx - 4, mid - 7), (cx + 7, mid), (cx - 4, mid + 7)], PANEL)
+            return
+        d = 1 if name == "next" else -1
+        c.poly([(cx - 4 * d, mid - 6), (cx + 3 * d, mid), (cx - 4 * d, mid + 6)], TEXT)
+        c.rect((cx + (3.5 if d > 0 else -5.5), mid - 6, 2, 12), TEXT)
+
+    def _segment(self, c: Canvas, x: float, h: int, ui: UiState) -> None:
+        top = h / 2 - 15
+        c.rect((x, top, 258, 30), CARD, 8)
+        c.rect((x, top, 258, 30), LINE, 8, 1)
+        for j, (name, text) in enumerate((("forward", "Forward"), ("gradient", "Gradient"), ("both", "Both"))):
+            on = ui.show == name
+            if on:
+                c.rect((x + j * 86 + 3, top + 3, 80, 24), mix(CARD, ACCENT, 0.24), 6)
+            c.text(text, (x + j * 86 + 43, h / 2), 12.5, ACCENT if on else MUTED, weight=SEMIBOLD, anchor="cc")
+            self.zones.append((pygame.Rect(x + j * 86, top, 86, 30), ("show", name)))
+
+    def _speed(self, c: Canvas, x: float, mid: float, ui: UiState) -> float:
+        w = 110.0
+        lo, hi = math.log(SPEEDS[0]), math.log(SPEEDS[-1])
+        f = (math.log(max(ui.speed, SPEEDS[0])) - lo) / (hi - lo)
+        c.rect((x, mid - 2, w, 4), LINE, 2)
+        c.rect((x, mid - 2, w * f, 4), ACCENT, 2)
+        c.circle((x + w * f, mid), 6.5, TEXT)
+        self.slider = pygame.Rect(x, mid - 12, w, 24)
+        self.zones.append((pygame.Rect(x - 8, mid - 14, w + 16, 28), ("speed", None)))
+        tw = c.text(speed_text(ui.speed), (x + w + 13, mid), 12, MUTED, MONO, REGULAR)
+        return x + w + 13 + max(tw, 50)
+
+    def speed_at(self, x: float) -> float:
+        """The speed a point of the slider means."""
+        lo, hi = math.log(SPEEDS[0]), math.log(SPEEDS[-1])
+        f = min(1.0, max(0.0, (x - self.slider.x) / max(1, self.slider.w)))
+        return min(SPEEDS, key=lambda s: abs(math.log(s) - (lo + f * (hi - lo))))
+
+    def _search(self, c: Canvas, x: float, w: float, mid: float, ui: UiState, clock: float) -> None:
+        c.rect((x, mid - 15, w, 30), CARD, 8)
+        c.rect((x, mid - 15, w, 30), ACCENT if ui.typing else LINE, 8, 1)
+        c.circle((x + 16, mid - 1), 5, MUTED, 1.6)
+        c.line([(x + 20, mid + 3), (x + 24, mid + 7)], MUTED, 1.8)
+        if ui.query or ui.typing:
+            note = f"{ui.match + 1 if ui.matches else 0}/{len(ui.matches)}" if ui.query else ""
+            text = self.fonts.fit(ui.query, 12.5, w - 50 - 8 * len(note))  # type: ignore[arg-type]
+            tw = c.text(text, (x + 32, mid), 12.5, TEXT)
+            if ui.typing and int(clock * 2) % 2:
+                c.rect((x + 33 + (tw if text else 0), mid - 8, 1.4, 16), ACCENT)
+            c.text(note, (x + w - 10, mid), 11, MUTED if ui.matches else CATEGORY["loss"], MONO, REGULAR, "rc")
+        else:
+            c.text(self.fonts.fit("Search op, scope, shape…", 12, w - 66), (x + 32, mid), 12.5, FAINT)
+            c.rect((x + w - 30, mid - 9, 20, 18), LINE, 4)
+            c.text("/", (x + w - 20, mid), 11, MUTED, MONO, BOLD, "cc")
+        self.zones.append((pygame.Rect(x, mid - 15, w, 30), ("search", None)))
+
+    def _numbers(self, c: Canvas, w: int, mid: float, ui: UiState, left: float) -> float:
+        """Loss curve and numbers from the right edge; returns where they begin."""
+        s = ui.session
+        if s is None:
+            return float(w)
+        step = ui.step
+        entries: list[tuple[str, str, float, int]] = []
+        if s.rate > 0:
+            rate = s.rate
+            entries.append(("steps/s", f"{rate:,.0f}".replace(",", " ") if rate >= 100 else f"{rate:.3g}", 84, 14))
+        if step is not None:
+            entries.append(("step time", time_text(step.duration * 1e-9), 100, 14))
+            entries.append(("step", count_text(step.step), 92, 14))
+        if s.loss:
+            at = s.loss[-1]
+            if step is not None and step.loss is not None:
+                at = step.loss
+            entries.append(("loss", number_text(at), 104, 16))
+        x = float(w) - 6
+        for title, value, width, px in entries:
+            width = max(width, self.fonts.width(value, px, MONO, BOLD) + 22)
+            if x - width < left + 190:
+                return x
+            x -= width
+            c.text(title, (x, mid - 9), 11, MUTED)
+            c.text(value, (x, mid + 8), px, TEXT, MONO, BOLD)
+        if ui.live and not s.ended:
+            dot = GOOD if ui.follow else MUTED
+            if x - 60 > left + 190:
+                c.circle((x - 26, mid), 4, dot)
+                c.text("LIVE", (x - 34, mid), 9.5, dot, weight=BOLD, anchor="rc")
+                self.zones.append((pygame.Rect(x - 66, mid - 14, 52, 28), ("follow", None)))
+                x -= 66
+        if len(s.loss) > 2 and x - 224 > left + 190:
+            self._curve(c, x - 220, 204, mid, s.loss)
+            x -= 232
+        return x
+
+    def _curve(self, c: Canvas, x: float, w: float, mid: float, loss: list[float]) -> None:
+        values = np.array(loss, float)
+        values = values[np.isfinite(values)]
+        if len(values) < 2:
+            return
+        if len(values) > 160:
+            values = values[np.linspace(0, len(values) - 1, 160).astype(int)]
+        lo, hi = float(values.min()), float(values.max())
+        span = hi - lo or 1.0
+        ys = mid + 19 - (values - lo) / span * 36
+        xs = x + np.arange(len(values)) * (w / (len(values) - 1))
+        pts = [(float(a), float(b)) for a, b in zip(xs, ys)]
+        color = CATEGORY["loss"]
+        c.poly([*pts, (x + w, mid + 21), (x, mid + 21)], mix(PANEL, color, 0.16))
+        c.line(pts, color, 1.7)
+        c.circle(pts[-1], 3.4, color)
+        c.glow(pts[-1], 12, mix((0, 0, 0), color, 0.8))
+
+
+__all__ = ["TopBar", "Zone", "MEDIUM", "UI"]

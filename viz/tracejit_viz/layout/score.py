@@ -1,0 +1,492 @@
+"""The page: a score with one column per top scope and staves for forward, gradient and optimiser. Called by ``scene``.
+
+Forward flows left to right, the gradient stave is its mirror and flows right to left, so a node and its gradient share
+a column. Small consecutive columns are stacked; long scores wrap into several systems, as music does. Each cell is a
+:func:`compound` layout; edges between cells are single sweeps.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from .compound import CompoundLayout, LayoutCache, Waypoint, compound
+
+Path = tuple[str, ...]
+Rect = tuple[float, float, float, float]
+
+STAVES = ("forward", "gradient", "optimizer")
+CELL_PAD = 16.0
+COLUMN_GAP = 32.0
+STACK_GAP = 18.0
+STAVE_GAP = 54.0
+SYSTEM_GAP = 96.0
+
+
+class Card(Protocol):
+    """What the page needs to know of an item."""
+
+    @property
+    def index(self) -> int: ...
+    @property
+    def phase(self) -> str: ...
+    @property
+    def path(self) -> Path: ...
+    @property
+    def group(self) -> Path: ...
+    @property
+    def width(self) -> float: ...
+    @property
+    def height(self) -> float: ...
+    @property
+    def order(self) -> int: ...
+
+
+@dataclass(slots=True)
+class Cell:
+    """The frame of one scope in one stave."""
+
+    column: Path
+    phase: str
+    title: str
+    rect: Rect
+    items: list[int]
+
+
+@dataclass(slots=True)
+class Stave:
+    """A band of the page: all cells of one phase in one system."""
+
+    phase: str
+    system: int
+    rect: Rect
+
+
+@dataclass(slots=True)
+class PageWire:
+    """A piece of an edge in page coordinates; ``cross`` for sweeps between cells."""
+
+    source: int
+    points: list[Waypoint]
+    cross: bool
+    phase: str
+
+
+@dataclass
+class Page:
+    """The finished layout. Rectangles are (x, y, width, height) with the origin at the top-left of the page."""
+
+    items: dict[int, Rect] = field(default_factory=dict)
+    groups: dict[tuple[str, Path], Rect] = field(default_factory=dict)
+    cells: list[Cell] = field(default_factory=list)
+    staves: list[Stave] = field(default_factory=list)
+    spans: list[tuple[str, Rect]] = field(default_factory=list)
+    wires: list[PageWire] = field(default_factory=list)
+    paths: dict[tuple[int, int], list[int]] = field(default_factory=dict)
+    directions: dict[tuple[str, Path], str] = field(default_factory=dict)
+    column_of: dict[int, Path] = field(default_factory=dict)
+    width: float = 0.0
+    height: float = 0.0
+    head: float = 28.0
+    stave_gap: float = STAVE_GAP
+
+
+def choose_columns(paths: Sequence[Path], enough: int = 4, share: float = 0.5) -> list[Path]:
+    """Scope prefixes that become columns: top scopes, the dominant ones opened up until none holds most of the page."""
+    columns = list(dict.fromkeys(p[:1] for p in paths if p))
+    total = max(1, len(paths))
+    for _ in range(8):
+        count: dict[Path, int] = defaultdict(int)
+        children: dict[Path, dict[Path, int]] = defaultdict(dict)
+        known = set(columns)
+        for p in paths:
+            for i in range(len(p), 0, -1):
+                if p[:i] in known:
+                    count[p[:i]] += 1
+                    if len(p) > i:
+                        children[p[:i]][p[: i + 1]] = children[p[:i]].get(p[: i + 1], 0) + 1
+                    break
+        big = [c for c in columns if len(children[c]) >= 1 and count[c] > 6]
+        if not big:
+            break
+        worst = max(big, key=lambda c: count[c])
+        if count[worst] <= share * total and len(columns) >= enough:
+            break
+        if count[worst] <= 0.34 * total:
+            break
+        at = columns.index(worst)
+        # the scope's own direct nodes stay under its own name when there are many of them
+        own = count[worst] - sum(children[worst].values())
+        keep = [worst] if own > 0.5 * count[worst] else []
+        if keep:
+            break
+        columns[at : at + 1] = list(children[worst])
+    return columns
+
+
+def _assign_columns(cards: Sequence[Card], edges: Sequence[tuple[int, int]]) -> tuple[dict[int, Path], list[Path]]:
+    main = [c for c in cards if c.phase != "optimizer"]
+    columns = choose_columns([c.group or c.path for c in main])
+    known = set(columns)
+    pred: dict[int, list[int]] = defaultdict(list)
+    succ: dict[int, list[int]] = defaultdict(list)
+    for a, b in edges:
+        pred[b].append(a)
+        succ[a].append(b)
+    phase = {c.index: c.phase for c in cards}
+    out: dict[int, Path] = {}
+    loose: list[Card] = []
+    for c in main:
+        own = c.group or c.path
+        hit = next((own[:i] for i in range(len(own), 0, -1) if own[:i] in known), None)
+        if hit is None:
+            loose.append(c)
+        else:
+            out[c.index] = hit
+    for _ in range(3):  # direct nodes of an opened scope go beside what they read, else what reads them
+        waiting = []
+        for c in loose:
+            near = [out[v] for v in pred[c.index] if v in out and phase[v] == c.phase]
+            near = near[-1:] or [out[v] for v in succ[c.index] if v in out and phase[v] == c.phase][:1]
+            if near:
+                out[c.index] = near[0]
+            else:
+                waiting.append(c)
+        loose = waiting[::-1]
+    for c in loose:
+        near = [out[v] for v in (*pred[c.index], *succ[c.index]) if v in out]
+        out[c.index] = near[0] if near else (c.path[:1] or ("main",))
+    first: dict[Path, int] = {}
+    for c in main:
+        rank = c.order + (0 if c.phase == "forward" else 10**9) + (0 if pred[c.index] else 10**10)
+        first[out[c.index]] = min(first.get(out[c.index], 1 << 60), rank)
+    ordered = sorted(first, key=lambda p: first[p])
+    ordered = _keep_families_together(ordered)
+    update = [c for c in cards if c.phase == "optimizer"]
+    by_path: dict[Path, Path] = {}
+    for _ in range(2):
+        for c in update:
+            if c.index in out:
+                continue
+            group = c.group or c.path
+            near = [out[v] for v in pred[c.index] if v in out and phase[v] == "forward"]
+            if not near and group in by_path:
+                near = [by_path[group]]
+            near = near or [out[v] for v in (*pred[c.index], *succ[c.index]) if v in out]
+            if near:
+                out[c.index] = near[0]
+                by_path.setdefault(group, near[0])
+    for c in update:
+        out.setdefault(c.index, ordered[0] if ordered else ("update",))
+    if not ordered and update:
+        ordered = list(dict.fromkeys(out[c.index] for c in update))
+    return out, ordered
+
+
+def _keep_families_together(columns: list[Path]) -> list[Path]:
+    """Columns of one parent scope stay side by side, where their first one stands."""
+    families: dict[Path, list[Path]] = {}
+    for c in columns:
+        families.setdefault(c[:-1] if len(c) > 1 else c, []).append(c)
+    return [c for members in families.values() for c in members]
+
+
+@dataclass(slots=True)
+class _Stack:
+    columns: list[Path]
+    width: float
+    heights: dict[str, float]
+
+
+def layout_page(
+    cards: Sequence[Card],
+    edges: Sequence[tuple[int, int]],
+    *,
+    phases: Sequence[str] = STAVES,
+    aspect: float = 1.85,
+    view: tuple[float, float] = (1560.0, 830.0),
+    cache: LayoutCache | None = None,
+    titles: Mapping[Path, str] | None = None,
+) -> Page:
+    """Lay out all cards. ``phases`` are the staves to show, ``view`` the pixels the page should fill well."""
+    cache = cache or LayoutCache()
+    cards = [c for c in cards if c.phase in phases]
+    page = Page()
+    if not cards:
+        return page
+    index = {c.index: c for c in cards}
+    edges = [(a, b) for a, b in edges if a in index and b in index]
+    page.column_of, columns = _assign_columns(cards, edges)
+    members: dict[tuple[Path, str], list[Card]] = defaultdict(list)
+    for c in cards:
+        members[page.column_of[c.index], c.phase].append(c)
+    inner: dict[tuple[Path, str], list[tuple[int, int]]] = defaultdict(list)
+    crossing: list[tuple[int, int]] = []
+    for a, b in edges:
+        ca, cb = index[a], index[b]
+        if ca.phase == cb.phase and page.column_of[a] == page.column_of[b]:
+            inner[page.column_of[a], ca.phase].append((a, b))
+        else:
+            crossing.append((a, b))
+    solved: dict[tuple[Path, str], CompoundLayout] = {}
+    for key, group in members.items():
+        column, phase = key
+        if phase == "optimizer":
+            solved[key] = _shelf(group, inner[key], cache)
+            continue
+        scopes = {c.index: (c.path[len(column) :] if c.path[: len(column)] == column else ()) for c in group}
+        sizes = {c.index: (c.width, c.height) for c in group}
+        solved[key] = compound(scopes, sizes, inner[key], cache=cache, mirrored=phase == "gradient")
+    used = [p for p in STAVES if any(k[1] == p for k in solved)]
+    columns = [c for c in columns if any((c, p) in solved for p in used)]
+    head = 28.0
+    systems: list[list[_Stack]] = []
+    for _ in range(3):  # titles keep their size on the screen, so their room grows as the page is scaled down
+        page.head = head
+        systems, scale = _pack(columns, solved, used, page, view)
+        head = min(170.0, max(28.0, 20.0 / max(scale, 1e-6)))
+        page.stave_gap = min(330.0, max(STAVE_GAP, 34.0 / max(scale, 1e-6)))
+    _place_systems(page, systems, solved, members, used, titles or {})
+    for a, b in crossing:
+        page.paths[a, b] = [len(page.wires)]
+        page.wires.append(_sweep(page, index[a], index[b]))
+    return page
+
+
+def _shelf(group: Sequence[Card], edges: list[tuple[int, int]], cache: LayoutCache) -> CompoundLayout:
+    """Optimiser cells: many small independent pieces, packed in rows."""
+    parent = {c.index: c.index for c in group}
+
+    def find(v: int) -> int:
+        while parent[v] != v:
+            parent[v] = parent[parent[v]]
+            v = parent[v]
+        return v
+
+    by_path: dict[Path, int] = {}
+    for c in group:
+        if c.path:
+            parent[find(c.index)] = find(by_path.setdefault(c.path[:1], c.index))
+    for a, b in edges:
+        parent[find(a)] = find(b)
+    parts: dict[int, list[Card]] = defaultdict(list)
+    for c in group:
+        parts[find(c.index)].append(c)
+    pieces: list[CompoundLayout] = []
+    for cards in parts.values():
+        ids = {c.index for c in cards}
+        pieces.append(
+            compound(
+                {c.index: c.path for c in cards},
+                {c.index: (c.width, c.height) for c in cards},
+                [e for e in edges if e[0] in ids],
+                cache=cache,
+            )
+        )
+    gap = 14.0
+    area = sum((p.width + gap) * (p.height + gap) for p in pieces)
+    limit = max(math.sqrt(area) * 1.5, max(p.width for p in pieces))
+    order = sorted(range(len(pieces)), key=lambda k: (-round(pieces[k].height), k))
+    out = CompoundLayout({}, {}, [], {}, {(): "TB"}, 0.0, 0.0)
+    x = y = row = 0.0
+    for k in order:
+        p = pieces[k]
+        if x and x + p.width > limit:
+            x, y, row = 0.0, y + row + gap, 0.0
+        base = len(out.wires)
+        for i, (a, b, w, h) in p.items.items():
+            out.items[i] = (a + x, b + y, w, h)
+        for g, (a, b, w, h) in p.groups.items():
+            out.groups[g] = (a + x, b + y, w, h)
+        for wire in p.wires:
+            wire.points = [(a + x, b + y, tx, ty) for a, b, tx, ty in wire.points]
+            out.wires.append(wire)
+        for e, path in p.paths.items():
+            out.paths[e] = [base + w for w in path]
+        out.directions.update({g: d for g, d in p.directions.items() if g})
+        x += p.width + gap
+        row = max(row, p.height)
+        out.width = max(out.width, x - gap)
+    out.height = y + row
+    return out
+
+
+def _pack(
+    columns: list[Path],
+    solved: dict[tuple[Path, str], CompoundLayout],
+    used: list[str],
+    page: Page,
+    view: tuple[float, float],
+) -> tuple[list[list[_Stack]], float]:
+    """Stack small neighbours and wrap into systems so that the page, scaled to the view, is as large as possible."""
+
+    head = page.head
+
+    def cell_height(c: Path, p: str) -> float:
+        cell = solved.get((c, p))
+        return cell.height + head + CELL_PAD if cell else 0.0
+
+    def cell_width(c: Path) -> float:
+        widest = max(solved[c, p].width for p in used if (c, p) in solved)
+        return max(widest, len(c[-1]) * head * 0.30) + 2 * CELL_PAD
+
+    tall = {p: [cell_height(c, p) for c in columns] for p in used}
+    heights = sorted({round(h) for p in used for h in tall[p] if h})
+    top = {p: max(tall[p], default=0.0) for p in used}
+    best: tuple[float, list[list[_Stack]]] | None = None
+    factors = [1.0, 1.15, 1.35, 1.6, 2.0, 2.5, 3.2] if len(heights) > 1 or len(columns) > 3 else [1.0, 2.0]
+    for factor in factors:
+        stacks: list[_Stack] = []
+        for c in columns:
+            need = {p: cell_height(c, p) for p in used}
+            last = stacks[-1] if stacks else None
+            same = last is not None and last.columns[-1][:-1] == c[:-1]
+            if last is not None and same:
+                grown = {p: last.heights[p] + (STACK_GAP if last.heights[p] and need[p] else 0) + need[p] for p in used}
+                if all(grown[p] <= top[p] * factor + 1e-6 for p in used):
+                    last.columns.append(c)
+                    last.width = max(last.width, cell_width(c))
+                    last.heights = grown
+                    continue
+            stacks.append(_Stack([c], cell_width(c), need))
+        for rows in range(1, min(7, len(stacks)) + 1):
+            systems = _break(stacks, rows)
+            w = max(sum(s.width for s in sys) + COLUMN_GAP * (len(sys) - 1) for sys in systems)
+            h = sum(sum(max(s.heights[p] for s in sys) for p in used) + page.stave_gap * len(used) for sys in systems)
+            h += SYSTEM_GAP * (len(systems) - 1)
+            scale = min(view[0] / (w + 60), view[1] / (h + 60)) * (0.93 ** (len(systems) - 1))
+            if best is None or scale > best[0] * 1.02:
+                best = (scale, systems)
+    assert best is not None
+    return best[1], best[0]
+
+
+def _break(stacks: list[_Stack], rows: int) -> list[list[_Stack]]:
+    """Cut a list of stacks into rows of about equal width, keeping the order."""
+    total = sum(s.width + COLUMN_GAP for s in stacks)
+    out: list[list[_Stack]] = [[]]
+    used = 0.0
+    for s in stacks:
+        middle = used + (s.width + COLUMN_GAP) / 2
+        row = min(rows - 1, int(middle / total * rows))
+        while len(out) <= row:
+            out.append([])
+        out[row].append(s)
+        used += s.width + COLUMN_GAP
+    return [r for r in out if r]
+
+
+def _place_systems(
+    page: Page,
+    systems: list[list[_Stack]],
+    solved: dict[tuple[Path, str], CompoundLayout],
+    members: dict[tuple[Path, str], list[Card]],
+    used: list[str],
+    titles: Mapping[Path, str],
+) -> None:
+    page.width = max(sum(s.width for s in sys) + COLUMN_GAP * (len(sys) - 1) for sys in systems)
+    y = 0.0
+    head = page.head
+    for number, system in enumerate(systems):
+        natural = sum(s.width for s in system) + COLUMN_GAP * (len(system) - 1)
+        slack = (page.width - natural) / len(system) if natural > 0.72 * page.width else 0.0
+        spans = _spans(system)
+        if spans:
+            y += head * 0.9
+        top_of_system = y
+        for phase in used:
+            band = max((s.heights[phase] for s in system), default=0.0)
+            if not band:
+                continue
+            y += page.stave_gap * (0.5 if y == top_of_system else 0.7)
+            x = 0.0
+            for s in system:
+                width = s.width + slack
+                order = s.columns if phase != "gradient" else s.columns[::-1]
+                present = [c for c in order if (c, phase) in solved]
+                if present:
+                    extra = (band - s.heights[phase]) / len(present)
+                    cy = y
+                    for c in present:
+                        h = solved[c, phase].height + head + CELL_PAD + extra
+                        _place_cell(page, c, phase, (x, cy, width, h), solved[c, phase], members[c, phase], titles)
+                        cy += h + STACK_GAP
+                x += width + COLUMN_GAP
+            page.staves.append(Stave(phase, number, (0.0, y, x - COLUMN_GAP, band)))
+            y += band + page.stave_gap * 0.3
+        for title, first, last in spans:
+            x0 = sum(s.width + slack + COLUMN_GAP for s in system[:first])
+            x1 = sum(s.width + slack + COLUMN_GAP for s in system[: last + 1]) - COLUMN_GAP
+            page.spans.append((title, (x0, top_of_system - head * 0.55, x1 - x0, head * 0.5)))
+        y += SYSTEM_GAP
+    page.height = y - SYSTEM_GAP
+
+
+def _spans(system: list[_Stack]) -> list[tuple[str, int, int]]:
+    """Runs of stacks that share a parent scope, to be bracketed with its name."""
+    out: list[tuple[str, int, int]] = []
+    for k, s in enumerate(system):
+        parent = s.columns[0][:-1]
+        if not parent:
+            continue
+        title = " / ".join(parent)
+        if out and out[-1][0] == title and out[-1][2] == k - 1:
+            out[-1] = (title, out[-1][1], k)
+        else:
+            out.append((title, k, k))
+    return out
+
+
+def _place_cell(
+    page: Page,
+    column: Path,
+    phase: str,
+    rect: Rect,
+    cell: CompoundLayout,
+    cards: list[Card],
+    titles: Mapping[Path, str],
+) -> None:
+    x, y, w, h = rect
+    ox = x + (w - cell.width) / 2
+    oy = y + page.head + (h - page.head - CELL_PAD - cell.height) / 2
+    title = titles.get(column) or column[-1]
+    page.cells.append(Cell(column, phase, title, rect, [c.index for c in cards]))
+    for i, (a, b, iw, ih) in cell.items.items():
+        page.items[i] = (a + ox, b + oy, iw, ih)
+    for g, (a, b, gw, gh) in cell.groups.items():
+        page.groups[phase, (*column, *g)] = (a + ox, b + oy, gw, gh)
+    for g, d in cell.directions.items():
+        page.directions[phase, (*column, *g)] = d
+    base = len(page.wires)
+    for wire in cell.wires:
+        points = [(a + ox, b + oy, tx, ty) for a, b, tx, ty in wire.points]
+        page.wires.append(PageWire(wire.source, points, False, phase))
+    for e, path in cell.paths.items():
+        page.paths[e] = [base + k for k in path]
+
+
+def _sweep(page: Page, a: Card, b: Card) -> PageWire:
+    """One curve between cards of different cells, leaving and arriving along the flow of the stave."""
+    xa, ya, wa, ha = page.items[a.index]
+    xb, yb, wb, hb = page.items[b.index]
+    if a.phase == b.phase and a.phase != "optimizer":
+        sideways = xb >= xa + wa if a.phase == "forward" else xb + wb <= xa
+        if sideways:
+            s = 1.0 if a.phase == "forward" else -1.0
+            start = (xa + wa if s > 0 else xa, ya + ha / 2, s, 0.0)
+            end = (xb if s > 0 else xb + wb, yb + hb / 2, s, 0.0)
+            return PageWire(a.index, [start, end], True, a.phase)
+    if yb >= ya + ha:
+        points = [(xa + wa / 2, ya + ha, 0.0, 1.0), (xb + wb / 2, yb, 0.0, 1.0)]
+    elif yb + hb <= ya:
+        points = [(xa + wa / 2, ya, 0.0, -1.0), (xb + wb / 2, yb + hb, 0.0, -1.0)]
+    else:
+        s = 1.0 if xb > xa else -1.0
+        points = [
+            (xa + wa if s > 0 else xa, ya + ha / 2, s, 0.0),
+            (xb if s > 0 else xb + wb, yb + hb / 2, s, 0.0),
+        ]
+    return PageWire(a.index, points, True, b.phase)
