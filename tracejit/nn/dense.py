@@ -21,7 +21,7 @@ def linear(x: Any, weight: Any, bias: Any = None) -> Any:
     x, weight = operand(x, "linear"), operand(weight, "linear")
     if weight.ndim != 2 or x.ndim == 0 or x.shape[-1] != weight.shape[1]:
         raise ShapeError.make(
-            "the last axis of x must have the size of weight's second axis; weight is (out_features, in_features)",
+            "weight is (out_features, in_features) and x must be (..., in_features)",
             op="linear",
             got={"x": x, "weight": weight},
         )

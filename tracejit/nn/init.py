@@ -78,7 +78,7 @@ def ones(shape: Sequence[int], rng: np.random.Generator | None = None, dtype: An
 def xavier_uniform(
     shape: Sequence[int], rng: np.random.Generator, gain: float = 1.0, dtype: Any = np.float32
 ) -> np.ndarray:
-    """Uniform with variance ``2 gain^2 / (fan_in + fan_out)`` (Glorot & Bengio, 2010): for tanh and sigmoid."""
+    """Uniform with variance ``2 gain^2 / (fan_in + fan_out)`` (Glorot & Bengio, 2010), for tanh."""
     fan_in, fan_out = _fans(shape, "xavier_uniform")
     bound = gain * math.sqrt(6.0 / max(fan_in + fan_out, 1))
     return uniform(shape, rng, -bound, bound, dtype)

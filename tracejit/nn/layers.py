@@ -110,7 +110,7 @@ class RMSNorm(Module):
 
 
 class GroupNorm(Module):
-    """:func:`group_norm` with a learned scale (ones) and shift (zeros) per channel: (n, c, ...) -> the same."""
+    """:func:`group_norm` with a learned scale (ones) and shift (zeros) per channel, on (n, c, ...)."""
 
     weight: Any
     bias: Any

@@ -74,7 +74,7 @@ def _cross_entropy_bwd(residuals: Any, g: Any) -> tuple[Any, None]:
     return np.expand_dims(g, -1) * np.where(_label_positions(shifted, labels), p - 1.0, p), None
 
 
-#: One loss per row: ``logsumexp(logits) - logits[label]``; its gradient is ``softmax(logits) - one_hot(label)``.
+#: One loss per row, ``logsumexp(logits) - logits[label]``; its gradient is ``softmax - one_hot``.
 _cross_entropy_rows = with_vjp("cross_entropy", _cross_entropy_fwd, _cross_entropy_bwd)
 
 
@@ -165,13 +165,14 @@ def binary_cross_entropy_with_logits(logits: Any, targets: Any, *, reduction: st
 
 
 def _same_shape(prediction: Any, target: Any, op: str) -> tuple[Any, Any]:
-    """Both operands with the dtype of the prediction's; ShapeError where broadcasting would hide a mistake."""
+    """Both operands as floats; ShapeError where broadcasting would hide a mistake."""
     prediction, target = float_operand(prediction, op), operand(target, op)
     if tuple(prediction.shape) != tuple(target.shape):
         raise ShapeError.make(
-            "prediction and target must have the same shape (broadcasting one over the other is almost always a mistake)",
+            "prediction and target must have the same shape",
             op=op,
             got={"prediction": prediction, "target": target},
+            hint="a silent broadcast is nearly always a mistake; use np.broadcast_to if it is meant",
         )
     if target.dtype.kind != "f":
         target = target.astype(prediction.dtype)

@@ -1,8 +1,8 @@
 """The base class of modules: frozen dataclasses that are pytrees, in the style of equinox (Kidger & Garcia,
 2021).
 
-A module is its fields. Arrays, other modules and containers of them are children of the tree; fields declared with
-:func:`static_field` are part of its structure, so changing one retraces. Subclass to write your own::
+A module is its fields. Arrays, other modules and containers of them are children of the tree; fields
+declared with :func:`static_field` are part of its structure, so changing one retraces. To write your own::
 
     class MLP(nn.Module):
         hidden: nn.Linear
@@ -69,7 +69,7 @@ class _ModuleMeta(type):
                 hash(fields[name])
             except TypeError:
                 raise TypeError(
-                    f"the static field {cls.__name__}.{name} must be hashable, got {type(fields[name]).__name__}"
+                    f"the static field {cls.__name__}.{name} must be hashable, not {type(fields[name])}"
                 ) from None
         return self
 
@@ -98,15 +98,14 @@ class Module(metaclass=_ModuleMeta):
         static = tuple(f.name for f in fields if f.metadata.get("static"))
         cls._dynamic_names, cls._static_names = dynamic, static
         get_dynamic, get_static = _getter(dynamic), _getter(static)
-        new = object.__new__
+        new, names = object.__new__, dynamic + static
 
         def flatten(module: Any) -> tuple[Any, Any, tuple[str, ...]]:
             return get_dynamic(module), get_static(module), dynamic
 
         def unflatten(values: Any, children: Any) -> Any:
             module = new(cls)
-            module.__dict__.update(zip(dynamic, children))
-            module.__dict__.update(zip(static, values))
+            module.__dict__.update(zip(names, (*children, *values)))
             return module
 
         optree.register_pytree_node(
@@ -120,7 +119,7 @@ class Module(metaclass=_ModuleMeta):
     def __setattr__(self, name: str, value: Any) -> None:
         if _BUILDING not in self.__dict__:
             raise dataclasses.FrozenInstanceError(
-                f"modules are immutable, cannot assign {type(self).__name__}.{name}: use module.replace({name}=...)"
+                f"cannot assign {type(self).__name__}.{name}: modules are immutable, use replace({name}=...)"
             )
         if name not in type(self).__dataclass_fields__:  # type: ignore[attr-defined]
             raise AttributeError(

@@ -50,7 +50,7 @@ def _check_windows(x: Any, kernel: Pair, padding: tuple[Pair, Pair], dilation: P
     for axis, size, k, (lo, hi), d in zip("hw", x.shape[2:], kernel, padding, dilation):
         if size + lo + hi < d * (k - 1) + 1:
             raise ShapeError.make(
-                f"the window ({d * (k - 1) + 1}) is larger than the padded image ({size + lo + hi}) along {axis}",
+                f"window {d * (k - 1) + 1} is larger than the padded image, {size + lo + hi}, along {axis}",
                 op=op,
                 got={"x": x},
             )
@@ -80,8 +80,8 @@ def conv2d(
     out, per_group = weight.shape[:2]
     if groups < 1 or out % groups or x.shape[1] != per_group * groups:
         raise ShapeError.make(
-            f"with groups={groups} the weight takes {per_group * max(groups, 1)} input channels and its {out} outputs "
-            "must be divisible by groups",
+            f"with groups={groups} the weight takes {per_group * max(groups, 1)} input channels, "
+            f"and its {out} outputs must be divisible by groups",
             op=op,
             got={"x": x, "weight": weight},
         )

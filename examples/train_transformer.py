@@ -1,0 +1,228 @@
+"""Train a character-level GPT on English text that ships inside CPython, then let it write.
+
+    python examples/train_transformer.py [--device cpu] [--watch] [--steps N] [--seed 0] [--out FILE]
+
+The text is ``pydoc_data.topics``, about 465,000 characters of the Python language reference; the last tenth is held
+out for validation. Expected output: a progress bar with loss, tokens per second and time left; a validation loss
+below 2.3 nats per character (3.3 bits; guessing from letter frequencies alone gives 3.2 nats); a sample that looks like
+the reference manual from afar; and the loss of the weights reloaded from FILE, equal to the one before. The same seed
+gives the same loss curve. Under two minutes on two cores with ``--device numpy``, less on the others.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import tracejit as tj
+from tracejit import nn, optim
+
+CONTEXT = 64  # characters the model sees
+BATCH = 16  # windows per step
+D_MODEL = 96
+HEADS = 4
+LAYERS = 2
+PEAK_RATE = 4e-3
+VALIDATION_BATCHES = 16
+
+
+# -- data ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """The text as integers, split in two. ``alphabet[i]`` is the character with number i."""
+
+    alphabet: str
+    train: np.ndarray
+    validation: np.ndarray
+
+    def decode(self, ids: Any) -> str:
+        return "".join(self.alphabet[int(i)] for i in ids)
+
+
+def load_corpus() -> Corpus:
+    """All topics one after the other; 90% for training, the rest for validation."""
+    from pydoc_data.topics import topics
+
+    text = "\n\n".join(topics[name] for name in sorted(topics))
+    alphabet = "".join(sorted(set(text)))
+    number = {character: i for i, character in enumerate(alphabet)}
+    ids = np.array([number[character] for character in text], np.int32)
+    split = len(ids) * 9 // 10
+    return Corpus(alphabet, ids[:split], ids[split:])
+
+
+def sample_batch(ids: np.ndarray, rng: np.random.Generator, batch: int = BATCH) -> tuple[np.ndarray, np.ndarray]:
+    """Random windows and, as labels, the same windows one character later: two (batch, CONTEXT) int32 arrays."""
+    starts = rng.integers(0, len(ids) - CONTEXT, batch)
+    windows = ids[starts[:, None] + np.arange(CONTEXT + 1)]
+    return np.ascontiguousarray(windows[:, :-1]), np.ascontiguousarray(windows[:, 1:])
+
+
+# -- model -----------------------------------------------------------------------------------------------------------
+
+
+class GPT(nn.Module):
+    """A decoder-only Transformer (Radford et al., 2019) with rotary positions: integers (b, t) -> logits (b, t, vocab)."""
+
+    embed: nn.Embedding
+    blocks: tuple[nn.TransformerBlock, ...]
+    norm: nn.LayerNorm
+    head: nn.Linear
+
+    def __init__(self, vocabulary: int, *, rng: np.random.Generator) -> None:
+        self.embed = nn.Embedding(vocabulary, D_MODEL, rng=rng)
+        self.blocks = tuple(
+            nn.TransformerBlock(D_MODEL, HEADS, activation="gelu_tanh", is_causal=True, use_rotary=True, rng=rng)
+            for _ in range(LAYERS)
+        )
+        self.norm = nn.LayerNorm(D_MODEL)
+        self.head = nn.Linear(D_MODEL, vocabulary, rng=rng)
+
+    def __call__(self, ids: Any) -> Any:
+        x = self.embed(ids)
+        for block in self.blocks:
+            x = block(x)
+        return self.head(self.norm(x))
+
+
+def loss_fn(model: GPT, x: Any, y: Any) -> Any:
+    """Mean cross-entropy of the next character, in nats."""
+    return nn.cross_entropy(model(x), y)
+
+
+def make_train_step(steps: int) -> tuple[optim.Optimizer, Any]:
+    """The optimiser and the traced training step for a run of ``steps`` steps."""
+    rate = optim.warmup_cosine(PEAK_RATE, min(30, max(1, steps // 10)), steps + 1, final=PEAK_RATE / 20)
+    opt = optim.chain(optim.clip_by_global_norm(1.0), optim.adamw(rate, betas=(0.9, 0.98), weight_decay=0.01))
+
+    @tj.trace
+    def train_step(model, state, x, y):
+        loss, grads = tj.value_and_grad(loss_fn)(model, x, y)
+        model, state = opt.update(model, grads, state)
+        return loss, model, state
+
+    return opt, train_step
+
+
+evaluate_batch = tj.trace(loss_fn)
+
+
+def validation_loss(model: GPT, corpus: Corpus, device: str | None = None) -> float:
+    """Mean loss over the same windows of held-out text on every call."""
+    rng = np.random.default_rng(1234)
+    batches = (sample_batch(corpus.validation, rng) for _ in range(VALIDATION_BATCHES))
+    return float(np.mean([float(evaluate_batch(model, x, y, device=device)) for x, y in batches]))
+
+
+@tj.trace
+def next_logits(model, ids, position):
+    """Logits of the character after ``position``; ids (1, CONTEXT), so that every length uses the same trace."""
+    return np.take(model(ids)[0], position, axis=0)
+
+
+def generate(
+    model: GPT, corpus: Corpus, length: int, seed: int = 0, prompt: str = "\n", device: str | None = None
+) -> str:
+    """``length`` characters drawn one after the other at temperature 0.8."""
+    rng = np.random.default_rng(seed)
+    ids = [corpus.alphabet.index(character) for character in prompt]
+    for _ in range(length):
+        window = ids[-CONTEXT:]
+        padded = np.zeros((1, CONTEXT), np.int32)
+        padded[0, : len(window)] = window
+        logits = np.asarray(next_logits(model, padded, np.int64(len(window) - 1), device=device), np.float64)
+        ids.append(int(rng.choice(len(logits), p=nn.softmax(logits / 0.8))))
+    return corpus.decode(ids[len(prompt) :])
+
+
+# -- training --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a run gives: the weights, the training loss at each step and the validation loss, both in nats."""
+
+    model: GPT
+    losses: list[float]
+    validation: float
+    seconds: float
+
+
+def train(
+    steps: int,
+    seed: int = 0,
+    device: str | None = None,
+    watch: bool = False,
+    corpus: Corpus | None = None,
+    show_progress: bool = True,
+) -> Result:
+    """Train for ``steps`` steps; the same seed gives the same losses."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    corpus = corpus or load_corpus()
+    rng = np.random.default_rng(seed)
+    model = GPT(len(corpus.alphabet), rng=rng)
+    opt, train_step = make_train_step(steps)
+    state = opt.init(model)
+    losses: list[float] = []
+    started = time.perf_counter()
+    columns = (
+        TextColumn("training"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("loss {task.fields[loss]:.3f}"),
+        TextColumn("{task.fields[rate]:,.0f} tokens/s"),
+        TimeRemainingColumn(),
+    )
+    options = {"watch": True} if watch else {}
+    with Progress(*columns, disable=not show_progress) as progress:
+        task = progress.add_task("train", total=steps, loss=float("nan"), rate=0.0)
+        for step in range(steps):
+            x, y = sample_batch(corpus.train, rng)
+            loss, model, state = train_step(model, state, x, y, device=device, **options)
+            losses.append(float(loss))
+            rate = (step + 1) * BATCH * CONTEXT / (time.perf_counter() - started)
+            progress.update(task, advance=1, loss=float(np.mean(losses[-20:])), rate=rate)
+    return Result(model, losses, validation_loss(model, corpus, device), time.perf_counter() - started)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description="Train a character-level GPT on the Python language reference.")
+    parser.add_argument("--device", default=None, help="cpu, wgpu or numpy (default: the best there is)")
+    parser.add_argument("--watch", action="store_true", help="show the graph while it trains")
+    parser.add_argument("--steps", type=int, default=500)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, default=Path("transformer.safetensors"), help="where the weights go")
+    args = parser.parse_args(argv)
+    if args.steps < 1:
+        parser.error("--steps must be at least 1")
+    if not args.out.parent.is_dir():  # before the training, not after it
+        parser.error(f"--out: the directory {args.out.parent} does not exist")
+
+    corpus = load_corpus()
+    result = train(args.steps, args.seed, args.device, args.watch, corpus)
+    print(f"{nn.parameter_count(result.model):,} parameters, {args.steps} steps in {result.seconds:.1f} s")
+    print(f"validation loss {result.validation:.4f} nats per character")
+    print("\n--- sample " + "-" * 60)
+    print(generate(result.model, corpus, 300, args.seed, device=args.device))
+    print("-" * 71 + "\n")
+
+    tj.save(args.out, result.model)
+    fresh = GPT(len(corpus.alphabet), rng=np.random.default_rng(args.seed + 1))
+    reloaded = validation_loss(tj.load(args.out, like=fresh), corpus, args.device)
+    print(f"weights in {args.out}; validation loss after reloading {reloaded:.4f}")
+    if reloaded != result.validation:
+        print("the reloaded model differs from the trained one")
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
