@@ -20,6 +20,7 @@ import numpy as np
 from tracejit.errors import DeviceError
 from tracejit.events import KernelInfo
 from tracejit.program import Capabilities, Program
+from tracejit.state import changed, state
 
 
 @dataclass(frozen=True)
@@ -172,12 +173,6 @@ def get_backend(name: str) -> Backend:
         return backend
 
 
-class _Local(threading.local):
-    def __init__(self) -> None:
-        self.device: Device | None = None
-
-
-_local = _Local()
 _resolved: dict[str | None, Device] = {}
 
 
@@ -185,10 +180,9 @@ def resolve(name: str | Device | None) -> Device:
     """The device for a call: its own ``device=``, else the innermost ``tj.device(...)``, else ``TRACEJIT_DEVICE``, else
     the fastest installed backend."""
     if name is None:
-        ambient = _local.device
+        ambient = state.device
         if ambient is not None:
             return ambient
-        name = os.environ.get("TRACEJIT_DEVICE") or None
     elif isinstance(name, Device):
         return name
     found = _resolved.get(name) if isinstance(name, str | None) else None
@@ -196,12 +190,13 @@ def resolve(name: str | Device | None) -> Device:
 
 
 def _resolve_slow(name: Any) -> Device:
-    if name is None:
+    chosen = name or os.environ.get("TRACEJIT_DEVICE") or None  # read once per process: the result is kept
+    if chosen is None:
         device = Device(_default_backend(), "")
     else:
-        if not isinstance(name, str) or not name:
+        if not isinstance(chosen, str):
             raise DeviceError.make(f'device must be a string such as "cpu" or "wgpu:1", got {name!r}', op="device")
-        backend, _, spec = name.partition(":")
+        backend, _, spec = chosen.partition(":")
         get_backend(backend)
         device = Device(backend, spec)
     _resolved[name] = device
@@ -226,12 +221,8 @@ def _default_backend() -> str:
 def device(name: str) -> Iterator[Device]:
     """Run every traced call inside the block on ``name`` unless the call says otherwise: ``with tj.device("wgpu"): ...``."""
     resolved = resolve(name)
-    before = _local.device
-    _local.device = resolved
-    try:
+    with changed(device=resolved):
         yield resolved
-    finally:
-        _local.device = before
 
 
 def devices() -> list[DeviceInfo]:

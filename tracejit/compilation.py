@@ -14,11 +14,12 @@ import numpy as np
 
 from tracejit import events
 from tracejit.backend import Device, Executable
-from tracejit.config import log, settings
+from tracejit.config import log
 from tracejit.environment import Environment
 from tracejit.graph import Graph, Node
 from tracejit.passes import optimise
 from tracejit.program import Program
+from tracejit.state import state
 from tracejit.tracing import Traced
 
 if TYPE_CHECKING:
@@ -60,7 +61,7 @@ class Entry:
         "times",
         "trace_time",
         "traced",
-        "trivial",
+        "used",
     )
 
     def __init__(
@@ -92,8 +93,8 @@ class Entry:
         self._single = (
             len(traced.outputs) == 1 and traced.outputs[0] == ("out", 0) and tree.num_nodes == 1
         )
-        #: True when a call is nothing but "run the executable": the common case, tested on every call.
-        self.trivial = True
+        #: Set by the fast path; the eviction gives used entries a second chance.
+        self.used = False
 
     def matches(self, leaves: Sequence[Any]) -> bool:
         """True if the guards hold: scalar values the graph depends on, and what the function read from outside."""
@@ -131,7 +132,7 @@ class Entry:
 
     def run_special(self, leaves: Sequence[Any]) -> Any:
         """Run under observers or ``debug_nans``."""
-        if settings.debug_nans:
+        if state.debug_nans:
             return self._run_checked(leaves)
         return self.run_observed(leaves, events.current_observers())[0]
 

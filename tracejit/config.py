@@ -8,56 +8,26 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
-import threading
 from collections.abc import Iterator
 
-
-def _flag(name: str) -> bool:
-    return os.environ.get(name, "").lower() not in ("", "0", "false", "no", "off")
-
-
-class _Settings(threading.local):
-    def __init__(self) -> None:
-        self.disable_jit = _flag("TRACEJIT_DISABLE_JIT")
-        self.debug_nans = _flag("TRACEJIT_DEBUG_NANS")
-        #: True if any setting differs from plain execution: the one test on the hot path.
-        self.special = self.disable_jit or self.debug_nans
-
-
-settings = _Settings()
-
-
-def _update() -> None:
-    settings.special = settings.disable_jit or settings.debug_nans
+from tracejit.state import changed
 
 
 @contextlib.contextmanager
 def disable_jit(disable: bool = True) -> Iterator[None]:
     """Run traced functions as plain Python on NumPy arrays inside the block, for debuggers and ``print``."""
-    before = settings.disable_jit
-    settings.disable_jit = disable
-    _update()
-    try:
+    with changed(disable_jit=disable):
         yield
-    finally:
-        settings.disable_jit = before
-        _update()
 
 
 @contextlib.contextmanager
 def debug_nans(enable: bool = True) -> Iterator[None]:
-    """Inside the block the first NaN or infinity raises NonFiniteError naming its node and its forward source line.
+    """Inside the block the first NaN raises NonFiniteError naming its node and its forward source line.
 
     Every node runs one by one on the reference backend, so it is slow; results are the same.
     """
-    before = settings.debug_nans
-    settings.debug_nans = enable
-    _update()
-    try:
+    with changed(debug_nans=enable):
         yield
-    finally:
-        settings.debug_nans = before
-        _update()
 
 
 _log_topics: frozenset[str] | None = None

@@ -37,6 +37,9 @@ class Environment:
         self._cells = [s for s in slots if isinstance(s[0], types.CellType) and not _is_tree(s[2])]
         self._trees = [(c, n, v, *optree.tree_flatten(v, namespace=NAMESPACE)) for c, n, v in slots if _is_tree(v)]
 
+    def __bool__(self) -> bool:
+        return bool(self._names or self._cells or self._trees)
+
     def unchanged(self) -> bool:
         """True if every slot still has the value it had: the check on the call path."""
         for container, name, value in self._names:

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
+
+from tracejit.state import changed, state
 
 SCHEMA_VERSION = 1
 
@@ -150,25 +151,13 @@ class Recorder:
         return self.want.get(program, ())
 
 
-class _Local(threading.local):
-    def __init__(self) -> None:
-        self.stack: tuple[Observer, ...] = ()
-
-
-_local = _Local()
-
-
 def current_observers() -> tuple[Observer, ...]:
     """Observers attached to this thread, outermost first; the empty tuple when nobody watches."""
-    return _local.stack
+    return state.observers
 
 
 @contextlib.contextmanager
 def observe(observer: Observer) -> Iterator[Observer]:
     """Attach ``observer`` to every program run by this thread inside the block."""
-    before = _local.stack
-    _local.stack = (*before, observer)
-    try:
+    with changed(observers=(*state.observers, observer)):
         yield observer
-    finally:
-        _local.stack = before

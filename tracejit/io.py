@@ -16,14 +16,14 @@ import numpy as np
 import optree
 
 from tracejit.dtypes import canonical
-from tracejit.errors import DTypeError, FileFormatError, ShapeError, describe
+from tracejit.errors import DTypeError, FileFormatError, ShapeError
 from tracejit.tensor import Tensor, is_arraylike
 
 _METADATA = {"format": "tracejit", "version": "1"}
 
 
 def _named_leaves(tree: Any, op: str) -> tuple[list[str], list[Any], Any]:
-    """(paths, leaves, structure); FileFormatError if two leaves have the same path (a key with a dot in it)."""
+    """(paths, leaves, structure); FileFormatError if two leaves share a path (a key with a dot in it)."""
     paths, leaves, spec = optree.tree_flatten_with_path(tree)
     names = [".".join(map(str, path)) or "value" for path in paths]
     seen: set[str] = set()
@@ -136,7 +136,8 @@ def _read(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
         stored = deserialize(payload)
     except (SafetensorError, ValueError, KeyError, TypeError) as error:
         raise FileFormatError.make(
-            f"{os.fspath(path)} ({len(payload)} bytes) is not a complete safetensors file of NumPy dtypes: {error}",
+            f"{os.fspath(path)} ({len(payload)} bytes) is not a complete safetensors file of NumPy dtypes: "
+            f"{error}",
             op="load",
         ) from None
     # The library gives read-only views of the file's bytes; weights are ordinary arrays.
@@ -155,8 +156,9 @@ def _checked(name: str, array: np.ndarray, leaf: Any, path: str | os.PathLike[st
         )
     if array.dtype != np.dtype(expected.dtype).newbyteorder("="):
         raise FileFormatError.make(
-            f"{name!r} has another dtype in {os.fspath(path)} ({describe(array)}) than in the tree ({describe(expected)})",
+            f"{name!r} has another dtype in {os.fspath(path)}",
             op="load",
+            got={"file": array, "like": expected},
             hint="convert the tree or the file with astype",
         )
     return type(leaf)(array.item()) if number else array

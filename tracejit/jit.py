@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import operator
 import threading
 import warnings
 from collections import OrderedDict
@@ -18,20 +19,24 @@ import numpy as np
 import optree
 
 from tracejit import backend as _backend
-from tracejit import events, source
+from tracejit import source
 from tracejit.compilation import Entry, compile_entry
-from tracejit.config import log, log_enabled, settings
+from tracejit.config import log, log_enabled
 from tracejit.environment import object_slots, snapshot
 from tracejit.errors import TraceError, TracingError, hide_internal_frames
 from tracejit.graph import Graph
 from tracejit.inspection import Inspection
 from tracejit.profile import Profile, profile_call
 from tracejit.signature import NAMESPACE, Static, check_leaf, difference, leaf_key, leaf_paths
-from tracejit.tensor import Tensor, current_context
+from tracejit.state import state
+from tracejit.tensor import Tensor
 from tracejit.tracing import Traced, trace_function
 
 _ndarray = np.ndarray
-_flatten = functools.partial(optree.tree_flatten, namespace=NAMESPACE)
+# optree.tree_flatten is a Python wrapper around this; the call path saves the wrapper where it can.
+_flatten: Any = getattr(getattr(optree, "_C", None), "flatten", None) or optree.tree_flatten
+_aval = operator.attrgetter("dtype", "shape")
+_ONLY_ARRAYS = {np.ndarray}
 _RESERVED = ("device", "watch")
 _STORM = 16
 _MAX_INLINE_DEPTH = 100
@@ -80,6 +85,8 @@ class TracedFunction:
         if self._cache_size < 1:
             raise ValueError(f"cache_size must be at least 1, got {cache_size}")
         self._cache: OrderedDict[Any, list[Entry]] = OrderedDict()
+        #: Short keys of the fast path -> entries of the cache; dropped as a whole on every eviction.
+        self._fast: dict[Any, Entry] = {}
         self._lock = threading.RLock()
         self._hits = 0
         self._misses = 0
@@ -91,6 +98,42 @@ class TracedFunction:
     # -- calling ---------------------------------------------------------------------------------------------------
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        try:
+            if kwargs or state.busy:
+                return self._general(args, kwargs)
+            # The fast path: positional arguments, trees of ndarrays and Python numbers, nothing ambient on this thread.
+            key: Any
+            leaves: Any
+            if {*map(type, args)} == _ONLY_ARRAYS:
+                leaves = args
+                key = (*map(_aval, args),)
+            else:
+                leaves, tree = _flatten(args, None, False, NAMESPACE)
+                if {*map(type, leaves)} == _ONLY_ARRAYS:
+                    key = (tree, *map(_aval, leaves))
+                else:
+                    parts: list[Any] = [tree]
+                    for leaf in leaves:
+                        kind = type(leaf)
+                        if kind is _ndarray:
+                            parts.append((leaf.dtype, leaf.shape))
+                        elif kind is float or kind is int:
+                            parts.append(kind)
+                        else:
+                            return self._general(args, kwargs)
+                    key = tuple(parts)
+            entry = self._fast.get(key)
+            if entry is None or not entry.matches(leaves):
+                return self._general(args, kwargs, key)
+            self._hits += 1
+            entry.used = True
+            return entry.run(leaves)
+        except Exception as error:
+            # Raised once, here, so that a traceback shows one line of ours between the caller and the traced function.
+            raise hide_internal_frames(error)  # noqa: B904
+
+    def _general(self, args: tuple[Any, ...], kwargs: dict[str, Any], fast_key: Any = None) -> Any:
+        """Everything the fast path leaves: keywords, unusual leaves, nesting, devices, observers, misses."""
         device: Any = self._device
         if kwargs:
             watch = kwargs.pop("watch", None)
@@ -99,60 +142,38 @@ class TracedFunction:
                 from tracejit.watching import watch as open_viewer
 
                 with open_viewer():
-                    return self._call(device, args, kwargs)
-        return self._call(device, args, kwargs)
-
-    def _call(self, device: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        context = current_context()
-        if context is not None:
+                    return self._general(args, {**kwargs, "device": device})
+        if state.context is not None:
             return self._inline(args, kwargs)
-        if settings.special and settings.disable_jit:
+        if state.disable_jit:
             return self._fn(*args, **kwargs)
-        resolved = _backend.resolve(device)
+        entry, leaves = self._find(args, kwargs, _backend.resolve(device))
+        if fast_key is not None and not self._static:
+            self._fast[fast_key] = entry
+        if state.debug_nans or state.observers:
+            return entry.run_special(leaves)
+        return entry.run(leaves)
+
+    def _find(self, args: tuple[Any, ...], kwargs: dict[str, Any], device: _backend.Device) -> tuple[Entry, Sequence[Any]]:
+        """The entry for a call, made if need be, and the leaves of the call."""
+        static: tuple[Any, ...] = ()
         if self._static:
             args, kwargs, static = self._split_static(args, kwargs)
-        else:
-            static = ()
-        leaves, tree = _flatten((args, kwargs))
-        key: list[Any] = [tree, resolved, static]
-        unusual = False
-        for leaf in leaves:
-            kind = type(leaf)
-            if kind is _ndarray:
-                key.append((leaf.dtype, leaf.shape))
-            elif kind is float or kind is int:
-                key.append(kind)
-            else:
-                unusual = True
-                break
-        if unusual:
-            leaves, key = self._unusual_key(leaves, key[:3], args, kwargs)
+        leaves, tree = _flatten((args, kwargs), None, False, NAMESPACE)
+        leaves, key = self._full_key(leaves, [tree, device, static], args, kwargs)
         full = tuple(key)
         found = self._cache.get(full)
-        if found is not None:
-            for entry in found:
-                if entry.matches(leaves):
-                    self._hits += 1
-                    if len(self._cache) > 1:
-                        self._touch(full)
-                    break
-            else:
-                entry = self._miss(full, leaves, tree, args, kwargs, static, found)
-        else:
-            entry = self._miss(full, leaves, tree, args, kwargs, static, found)
-        if entry.trivial and not settings.special:
-            observers = events.current_observers()
-            if not observers:
-                return entry.run(leaves)
-        try:
-            return entry.run_special(leaves)
-        except TraceError as error:
-            raise hide_internal_frames(error) from None
+        for entry in found or ():
+            if entry.matches(leaves):
+                self._hits += 1
+                self._touch(full)
+                return entry, leaves
+        return self._miss(full, leaves, tree, args, kwargs, static, found), leaves
 
-    def _unusual_key(
+    def _full_key(
         self, leaves: Sequence[Any], head: list[Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[list[Any], list[Any]]:
-        """The key when some leaf is neither an ndarray nor a Python number; such leaves may be converted."""
+        """``head`` and one part per leaf; leaves of unusual types are converted to arrays or become static."""
         key, new = head, []
         paths: list[str] | None = None
         for i, leaf in enumerate(leaves):
@@ -178,6 +199,20 @@ class TracedFunction:
             self._cache.move_to_end(key)
         except KeyError:  # evicted by another thread meanwhile; the entry in hand stays valid
             pass
+
+    def _evict(self) -> None:
+        """Drop the least recently used key; keys used through the fast path since the last look get a second chance."""
+        candidates = list(self._cache)[:-1]  # never the newest
+        victim = candidates[0]
+        for key in candidates:
+            entries = self._cache[key]
+            if not any(e.used for e in entries):
+                victim = key
+                break
+            for e in entries:
+                e.used = False
+        del self._cache[victim]
+        self._fast.clear()
 
     def _split_static(
         self, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -248,16 +283,14 @@ class TracedFunction:
                 entry = compile_entry(traced, self._name, key[1], leaves)
             except RecursionError as error:
                 raise TracingError.make(f"{self._name} recursed too deeply while being traced") from error
-            except Exception as error:
-                raise hide_internal_frames(error)  # noqa: B904  (the same exception, shorter traceback)
             slots = [s for leaf, part in zip(leaves, key[3:]) if isinstance(part, Static) for s in object_slots(leaf)]
-            entry.environment = snapshot(self._environment, slots)
+            entry.environment = snapshot(self._environment, slots) or None
             entry.key, entry.paths = key, paths
             # Newest first: after a closure changed, its newest value is the likeliest.
             self._cache[key] = [entry, *self._cache.get(key, [])][:8]
             self._cache.move_to_end(key)
             while len(self._cache) > self._cache_size:
-                self._cache.popitem(last=False)
+                self._evict()
             self._misses += 1
             return entry
 
@@ -281,7 +314,7 @@ class TracedFunction:
             reasons += [f"changed since: {c}" for c in entry.environment.changes()] if entry.environment else []
             return f"{self._name}: " + "; ".join(reasons or ["a guard failed"])
         best: list[str] | None = None
-        for entries in self._cache.values():
+        for entries in reversed(self._cache.values()):
             old = entries[0].key
             if old[0] != key[0] or len(old) != len(key):
                 continue
@@ -317,24 +350,15 @@ class TracedFunction:
         """Forget every trace and the counters."""
         with self._lock:
             self._cache.clear()
+            self._fast.clear()
             self._hits = self._misses = self._streak = 0
             self._warned = False
 
-    def _entry_for(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Entry, list[Any]]:
+    def _entry_for(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Entry, Sequence[Any]]:
         """The cache entry for a call, made if need be, without running it; also the leaves of the call."""
         kwargs = dict(kwargs)
         kwargs.pop("watch", None)
-        resolved = _backend.resolve(kwargs.pop("device", None) or self._device)
-        static: tuple[Any, ...] = ()
-        if self._static:
-            args, kwargs, static = self._split_static(args, kwargs)
-        leaves, tree = _flatten((args, kwargs))
-        leaves, key = self._unusual_key(leaves, [tree, resolved, static], args, kwargs)
-        found = self._cache.get(tuple(key))
-        for entry in found or ():
-            if entry.matches(leaves):
-                return entry, leaves
-        return self._miss(tuple(key), leaves, tree, args, kwargs, static, found), leaves
+        return self._find(args, kwargs, _backend.resolve(kwargs.pop("device", None) or self._device))
 
     def graph(self, *args: Any, **kwargs: Any) -> Graph:
         """The optimised graph that a call with these arguments runs (traced if need be, not run)."""

@@ -256,6 +256,9 @@ class Capabilities:
     results should get buffers of their own instead of the arena (hazards tracked per buffer), ``contract_epilogue``
     and ``conv_epilogue`` whether loops fuse behind products, ``recompute_flops`` the cost below which a producer is
     recomputed in each consumer instead of stored, ``op_kernels`` ops that must arrive as :class:`OpKernel`.
+    ``split_k`` is the largest number of partial sums into which a contraction with at most ``split_k_limit`` results and
+    a single consumer may be split: it arrives as a contraction with an extra leading batch axis (the parts) and a plain
+    store, and the consumer adds the parts.
     """
 
     max_buffers: int | None = None
@@ -268,6 +271,8 @@ class Capabilities:
     conv_epilogue: bool = True
     recompute_flops: int = 8
     index_bits: int = 64
+    split_k: int = 1
+    split_k_limit: int = 1 << 20
     op_kernels: frozenset[str] = frozenset()
     dtypes: frozenset[str] = frozenset(
         {"bool", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64", "float16", "float32", "float64"}

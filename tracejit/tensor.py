@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -17,6 +16,7 @@ from tracejit.dtypes import FLOAT64, INT64, WEAK_DTYPES, DType, canonical, weak_
 from tracejit.errors import ConcretizationError, DTypeError, LeakedTensorError, ShapeError, TracingError, describe
 from tracejit.graph import ArrayLiteral, GraphBuilder, GuardInfo, Node
 from tracejit.ops.registry import Op
+from tracejit.state import state
 
 if TYPE_CHECKING:
     from tracejit import functions as _functions_module
@@ -82,17 +82,9 @@ class TraceContext:
         return False
 
 
-class _State(threading.local):
-    def __init__(self) -> None:
-        self.context: TraceContext | None = None
-
-
-_state = _State()
-
-
 def current_context() -> TraceContext | None:
     """The innermost recording of this thread, or None."""
-    return _state.context
+    return state.context
 
 
 class recording:
@@ -102,12 +94,14 @@ class recording:
         self.context = context
 
     def __enter__(self) -> TraceContext:
-        self._before = _state.context
-        _state.context = self.context
+        self._before = state.context
+        state.context = self.context
+        state.refresh()
         return self.context
 
     def __exit__(self, *exc: object) -> None:
-        _state.context = self._before
+        state.context = self._before
+        state.refresh()
         self.context.open = False
 
 
@@ -465,9 +459,9 @@ def bind(op: Op, operands: Sequence[Any], attrs: Mapping[str, Any]) -> Any:
     """Record ``op`` if any operand is a Tensor (or there are none and a trace is running), else compute it now."""
     ctx = context_of(operands)
     if ctx is None:
-        if operands or _state.context is None:
+        if operands or state.context is None:
             return op.reference(*(np.asarray(o) for o in operands), **attrs)
-        ctx = _state.context
+        ctx = state.context
     nodes = tuple(to_node(o, ctx, op=op.name) for o in operands)
     node = ctx.builder.add(op, nodes, attrs)
     if "effect" in op.traits and node not in ctx.effects:
@@ -488,7 +482,7 @@ def context_of(operands: Sequence[Any]) -> TraceContext | None:
     """The innermost open context among the operands that are tensors; None if none is a tensor."""
     if not any(isinstance(o, Tensor) for o in operands):
         return None
-    current = _state.context
+    current = state.context
     for o in operands:
         if isinstance(o, Tensor):
             check_alive(o)

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from tracejit.dtypes import DType, canonical
+from tracejit.dtypes import WEAK_DTYPES, DType, canonical
 from tracejit.errors import DTypeError, ShapeError, TracingError, UnsupportedFunctionError
 from tracejit.ops import elementwise as ew
 from tracejit.ops import registry
@@ -43,7 +43,10 @@ def is_weak(operand: Any) -> bool:
 
 @lru_cache(maxsize=4096)
 def _resolve(ufunc: np.ufunc, dtypes: tuple[Any, ...], dtype: DType | None) -> tuple[DType, ...]:
-    given = tuple(np.dtype(bool) if d is bool else d for d in dtypes) + (None,) * ufunc.nout
+    given: tuple[Any, ...] = tuple(np.dtype(bool) if d is bool else d for d in dtypes)
+    if all(isinstance(d, type) for d in given):  # Python scalars only: NumPy would fall back to objects for some ufuncs
+        given = tuple(WEAK_DTYPES[d] for d in given)
+    given += (None,) * ufunc.nout
     if dtype is None:
         return ufunc.resolve_dtypes(given)
     return ufunc.resolve_dtypes(given, signature=(None,) * ufunc.nin + (dtype,) * ufunc.nout)

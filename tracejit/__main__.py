@@ -1,0 +1,5 @@
+"""``python -m tracejit``: the same as the ``tracejit`` command."""
+
+from tracejit.cli import main
+
+raise SystemExit(main())
