@@ -1,7 +1,7 @@
 """Control flow for users: ``tj.cond``, ``tj.while_loop``, ``tj.scan`` and ``tj.print``, after ``jax.lax``.
 
-While tracing, branches and loop bodies are recorded as sub-graphs; values of the surroundings that they use become
-operands. Outside a trace, and for a condition whose value is known, plain Python runs instead.
+While tracing, branches and loop bodies are recorded as sub-graphs; values of the surroundings that they use
+become operands. Outside a trace, and for a condition whose value is known, plain Python runs instead.
 """
 
 from __future__ import annotations
@@ -43,7 +43,8 @@ class _Aval:
 
 @dataclass
 class _Body:
-    """A function recorded as a sub-graph in progress: its own inputs, its results, and what it used from outside."""
+    """A function recorded as a sub-graph in progress: its own inputs, its results, and what it used from
+    outside."""
 
     context: TraceContext
     inputs: list[Node]
@@ -75,7 +76,8 @@ class _Body:
     ) -> Graph:
         """The finished sub-graph with inputs ``own[:head], outer values, own[head:]``.
 
-        With ``pass_through`` the results are ``own[:head], outer values unchanged, own[head:]`` as loops need it.
+        With ``pass_through`` the results are ``own[:head], outer values unchanged, own[head:]`` as loops need
+        it.
         """
         builder = GraphBuilder()
         lifted = {key: node for key, (_, node) in self.context.lifted.items()}
@@ -164,7 +166,8 @@ def _unify(op: str, role: str, want: _Aval, got: _Aval, path: str) -> DType | No
 
 
 def _absorbs(strong: DType, weak: DType) -> bool:
-    """True if a Python scalar of the kind of ``weak`` takes the dtype ``strong`` in NumPy's promotion (NEP 50)."""
+    """True if a Python scalar of the kind of ``weak`` takes the dtype ``strong`` in NumPy's promotion (NEP
+    50)."""
     rank = {"b": 0, "u": 1, "i": 1, "f": 2}
     return rank[weak.kind] <= rank[strong.kind]
 
@@ -179,10 +182,12 @@ def _paths(spec: Any) -> list[str]:
 def cond(pred: Any, true_fn: Callable[..., Any], false_fn: Callable[..., Any], *operands: Any) -> Any:
     """``true_fn(*operands)`` if ``pred`` else ``false_fn(*operands)``; only that branch runs.
 
-    Both functions return trees of equal structure, shapes and dtypes (a Python number adapts to the other branch's
-    dtype). ``pred`` is a scalar; a number counts as true if it is not zero. Differentiable. As ``jax.lax.cond``.
+    Both functions return trees of equal structure, shapes and dtypes (a Python number adapts to the other
+    branch's dtype). ``pred`` is a scalar; a number counts as true if it is not zero. Differentiable. As
+    ``jax.lax.cond``.
 
-    Errors: ShapeError, DTypeError, TracingError if the branches differ; ShapeError if ``pred`` is not a scalar.
+    Errors: ShapeError, DTypeError, TracingError if the branches differ; ShapeError if ``pred`` is not a
+    scalar.
     """
     for fn in (true_fn, false_fn):
         if not callable(fn):
@@ -196,7 +201,8 @@ def cond(pred: Any, true_fn: Callable[..., Any], false_fn: Callable[..., Any], *
         )
     if not isinstance(pred, Tensor):
         return (true_fn if pred else false_fn)(*operands)
-    # Operands that are tensors reach the branches like closed-over values: both are lifted into the sub-graph.
+    # Operands that are tensors reach the branches like closed-over values: both are lifted into the
+    # sub-graph.
     chosen = _record(lambda: true_fn(*operands), "cond", (), None, ())
     other = _record(lambda: false_fn(*operands), "cond", (), None, ())
     chosen.context.name = getattr(true_fn, "__name__", "true").strip("<>")
@@ -209,7 +215,7 @@ def cond(pred: Any, true_fn: Callable[..., Any], false_fn: Callable[..., Any], *
     for i, path in enumerate(_paths(chosen.tree)):
         a, b = chosen.avals()[i], other.avals()[i]
         weak.append(a.weak and b.weak)
-        if a.weak and not b.weak or (a.weak and b.weak and _absorbs(b.dtype, a.dtype)):
+        if (a.weak and not b.weak) or (a.weak and b.weak and _absorbs(b.dtype, a.dtype)):
             a, b, target = b, a, chosen
         else:
             target = other
@@ -245,9 +251,11 @@ def _stable_body(
     names: list[str],
     split: Callable[[Any], tuple[Any, Any]],
 ) -> tuple[_Body, list[_Aval]]:
-    """Record the body until its carry has the type that it takes; weakly typed initial carries may be widened.
+    """Record the body until its carry has the type that it takes; weakly typed initial carries may be
+    widened.
 
-    ``split`` says which part of the result tree is the carry. Returns the body and the final types of the carry.
+    ``split`` says which part of the result tree is the carry. Returns the body and the final types of the
+    carry.
     """
 
     def checked(*args: Any) -> Any:
@@ -312,8 +320,8 @@ def _check_same(op: str, before: Any, after: Any) -> None:
 def while_loop(cond_fn: Callable[[Any], Any], body_fn: Callable[[Any], Any], init: Any) -> Any:
     """``while cond_fn(value): value = body_fn(value)``, starting at ``init``; returns the last value.
 
-    ``value`` is a tree whose structure, shapes and dtypes the body keeps; ``cond_fn`` returns a boolean scalar. Has no
-    reverse-mode gradient (GradientError): use :func:`scan`. As ``jax.lax.while_loop``.
+    ``value`` is a tree whose structure, shapes and dtypes the body keeps; ``cond_fn`` returns a boolean
+    scalar. Has no reverse-mode gradient (GradientError): use :func:`scan`. As ``jax.lax.while_loop``.
     """
     leaves, spec = _flatten(init)
     avals = [_aval(leaf, "while_loop", "the initial value") for leaf in leaves]
@@ -363,12 +371,13 @@ def scan(
     length: int | None = None,
     reverse: bool = False,
 ) -> tuple[Any, Any]:
-    """A loop of fixed length over the leading axis: ``carry, y = f(carry, x)``; returns ``(carry, stacked ys)``.
+    """A loop of fixed length over the leading axis: ``carry, y = f(carry, x)``; returns ``(carry, stacked
+    ys)``.
 
-    ``init`` is a tree whose structure, shapes and dtypes ``f`` keeps; ``xs`` a tree of arrays with equal leading axis
-    (or None, then ``length`` says how often, and ``x`` is None). With ``reverse`` the loop runs from the last slice to
-    the first, and ``ys[i]`` still belongs to ``xs[i]``. Differentiable: the gradient is a scan over the saved carries.
-    As ``jax.lax.scan``.
+    ``init`` is a tree whose structure, shapes and dtypes ``f`` keeps; ``xs`` a tree of arrays with equal
+    leading axis (or None, then ``length`` says how often, and ``x`` is None). With ``reverse`` the loop runs
+    from the last slice to the first, and ``ys[i]`` still belongs to ``xs[i]``. Differentiable: the gradient
+    is a scan over the saved carries. As ``jax.lax.scan``.
 
     Errors: ShapeError for unequal leading axes or a carry of another shape, DTypeError, TracingError.
     """
@@ -382,7 +391,8 @@ def scan(
     if current_context() is None:  # nothing to run, but the shapes of the ys must be found
         with recording(TraceContext("scan")):
             body = _record(_pair(f), "scan", [*carry, *(_Aval(a.shape[1:], a.dtype, False) for a in sizes)],
-                           optree.tree_structure((init, xs), namespace=_NAMESPACE), [""] * (len(carry) + len(sizes)))  # fmt: skip
+                           optree.tree_structure((init, xs), namespace=_NAMESPACE), [""] * (len(carry) +
+                           len(sizes)))  # fmt: skip
         _, y_spec = body.tree.children()
         return init, y_spec.unflatten([np.empty((0, *n.shape), n.dtype) for n in body.outputs[len(carry) :]])
     slices = [_Aval(a.shape[1:], a.dtype, False) for a in sizes]
@@ -461,8 +471,8 @@ def _scan_python(
 def print(fmt: str, *values: Any) -> None:
     """Print ``fmt.format(*values)`` each time the program runs (a plain ``print`` runs once, while tracing).
 
-    Fields are ``{}`` or ``{0}``, with a format specification that applies to each element. Outside a trace it prints at
-    once. Errors: TracingError if the format does not fit the number of values.
+    Fields are ``{}`` or ``{0}``, with a format specification that applies to each element. Outside a trace it
+    prints at once. Errors: TracingError if the format does not fit the number of values.
     """
     if not isinstance(fmt, str):
         raise TracingError.make(

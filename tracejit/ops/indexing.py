@@ -1,8 +1,9 @@
 """Gather and scatter: take, take_along_axis and their transposes scatter_add, scatter_add_along_axis.
 
-Recorded by ``functions/indexing.py`` (integer-array indexing, embedding look-up) and by gradient rules. Indices are
-int64; negative ones count from the end, and what is then still out of range is clipped to the nearest element, so
-that no program can read or write outside an array. (Indices known while tracing are checked before.)
+Recorded by ``functions/indexing.py`` (integer-array indexing, embedding look-up) and by gradient rules.
+Indices are int64; negative ones count from the end, and what is then still out of range is clipped to the
+nearest element, so that no program can read or write outside an array. (Indices known while tracing are
+checked before.)
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
 """Sliding-window ops on NCHW images: 2-D convolution and pooling, each family closed under differentiation.
 
-Recorded by ``nn`` (conv2d, max_pool2d, avg_pool2d). T(x, w, g) = Σ conv2d(x, w)·g is linear in all three operands;
-``conv2d``, ``conv2d_input_grad`` and ``conv2d_weight_grad`` are its three partial derivatives, so the gradient of
-each is given by the other two, to any order. References are im2col products, fast enough to train a small CNN.
+Recorded by ``nn`` (conv2d, max_pool2d, avg_pool2d). T(x, w, g) = Σ conv2d(x, w)·g is linear in all three
+operands; ``conv2d``, ``conv2d_input_grad`` and ``conv2d_weight_grad`` are its three partial derivatives, so
+the gradient of each is given by the other two, to any order. References are im2col products, fast enough to
+train a small CNN.
 """
 
 from __future__ import annotations
@@ -329,7 +330,7 @@ def _max_pool2d_reference(x: np.ndarray, *, kernel: Pair, stride: Pair, padding:
 
 
 def _winners(x: np.ndarray, kernel: Pair, stride: Pair, padding: Padding) -> np.ndarray:
-    """For each window, the kernel cell (row-major) of the first maximum inside the image; the first NaN wins."""
+    """For each window, the row-major kernel cell of the first maximum inside the image; the first NaN wins."""
     shape = _pool_shape("max_pool2d", {}, x.shape, kernel, stride, padding)
     padded = _padded(x, padding, _lowest(x.dtype))
     top, left = (
