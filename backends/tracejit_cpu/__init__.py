@@ -1,0 +1,83 @@
+"""The native CPU backend of tracejit: LLVM IR through llvmlite. Found through the entry-point group ``tracejit.backends``.
+
+``import tracejit_cpu`` loads neither llvmlite nor NumPy extensions of its own; compilation does, on first use.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from tracejit.backend import DeviceInfo
+    from tracejit.program import Capabilities, Program
+    from tracejit_cpu.executable import CpuExecutable
+
+
+class CpuBackend:
+    """See :class:`tracejit.backend.Backend`."""
+
+    name = "cpu"
+    priority = 100
+    on_host = True
+
+    def capabilities(self, spec: str) -> Capabilities:
+        """What steers the lowering."""
+        from tracejit.program import Capabilities
+
+        self._check(spec)
+        return Capabilities()
+
+    def compile(self, program: Program, spec: str = "") -> CpuExecutable:
+        """Compile a program for this machine."""
+        from tracejit_cpu.executable import CpuExecutable
+
+        self._check(spec)
+        return CpuExecutable(program)
+
+    def devices(self) -> list[DeviceInfo]:
+        """This machine's processor."""
+        from tracejit.backend import DeviceInfo
+
+        try:
+            from tracejit_cpu.host import host, thread_count
+
+            here = host()
+            text = f"{here.arch}, {here.vector_bytes * 8}-bit vectors, {thread_count()} threads"
+            properties = {"threads": thread_count(), "vector_bits": here.vector_bytes * 8, "features": here.features}
+            return [DeviceInfo("cpu", "cpu", "cpu", True, text, properties=properties)]
+        except Exception as error:  # a broken llvmlite must not break the listing
+            return [DeviceInfo("cpu", "cpu", "cpu", False, "native CPU", f"{type(error).__name__}: {error}")]
+
+    def to_device(self, array: np.ndarray, spec: str = "") -> np.ndarray:
+        """Arrays live in host memory already."""
+        return np.asarray(array)
+
+    def from_device(self, array: Any) -> np.ndarray:
+        """Arrays live in host memory already."""
+        return np.asarray(array)
+
+    @staticmethod
+    def _check(spec: str) -> None:
+        if spec not in ("", "0"):
+            from tracejit.errors import DeviceError
+
+            raise DeviceError.make(f'there is one CPU device, "cpu", not "cpu:{spec}"', op="device")
+
+
+backend = CpuBackend()
+
+
+def cache_info() -> Any:
+    """Location, size and hit counts of the object-code cache (for ``tracejit cache``)."""
+    from tracejit_cpu import codecache
+
+    return codecache.cache_info()
+
+
+def cache_clear() -> int:
+    """Empty the object-code cache; returns the number of entries removed."""
+    from tracejit_cpu import codecache
+
+    return codecache.cache_clear()

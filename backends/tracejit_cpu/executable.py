@@ -1,0 +1,271 @@
+"""Running a compiled program: memory, the native entry, the Python path for everything unusual, observed runs.
+
+``tracejit_cpu.backend.compile`` makes one :class:`CpuExecutable` per program.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from tracejit.backend import Timing
+from tracejit.events import KernelInfo
+from tracejit.program import AttentionKernel, Buffer, ContractKernel, LoopKernel, OpKernel, Program
+from tracejit_cpu import codecache, entry, hostops, runtime
+from tracejit_cpu.compiler import CompiledProgram, HostStep, Segment, build, compile_program
+
+_KINDS = ((LoopKernel, "loop"), (ContractKernel, "contract"), (AttentionKernel, "attention"), (OpKernel, "op"))
+
+
+def aligned_bytes(size: int) -> np.ndarray:
+    """Uninitialised memory at a 64-byte boundary."""
+    raw = np.empty(size + 64, np.uint8)
+    start = (-raw.ctypes.data) % 64
+    return raw[start : start + size]
+
+
+class Memory:
+    """The memory of one running call: arena, temporaries, scratch, and one pointer table per native part."""
+
+    def __init__(self, owner: CpuExecutable) -> None:
+        program = owner.program
+        self.arena = aligned_bytes(max(program.arena, 1))
+        threads = runtime.pool().threads
+        self.loose: dict[int, np.ndarray] = {}
+        self.tables: list[np.ndarray] = []
+        self.parts: list[np.ndarray] = []
+        pointers = np.zeros(len(program.buffers), np.int64)
+        for b in program.buffers:
+            if b.kind == "const":
+                pointers[b.id] = owner.constants[b.index].ctypes.data
+            elif b.kind == "temp" and b.offset is not None:
+                pointers[b.id] = self.arena.ctypes.data + b.offset
+            elif b.kind == "temp":
+                self.loose[b.id] = aligned_bytes(max(b.nbytes, 1))
+                pointers[b.id] = self.loose[b.id].ctypes.data
+        for segment in owner.segments:
+            layout = segment.layout
+            table = np.zeros(layout.slots, np.int64)
+            extra = aligned_bytes(max(layout.extra, 1))
+            count = threads if segment.parallel else 1
+            scratch = aligned_bytes(max(layout.scratch * count, 1))
+            table[: len(pointers)] = pointers
+            for t, (_, offset) in enumerate(layout.temps):
+                table[layout.buffers + t] = extra.ctypes.data + offset
+            table[layout.scratch_slot] = scratch.ctypes.data
+            self.tables.append(table)
+            self.parts += [extra, scratch]
+
+
+class CpuExecutable:
+    """A compiled program; see :class:`tracejit.backend.Executable`."""
+
+    def __init__(self, program: Program) -> None:
+        self.program = program
+        self.constants = [np.ascontiguousarray(c) for c in program.constants]
+        compiled: CompiledProgram = compile_program(program)
+        self.steps = compiled.steps
+        self.segments = [s for s in self.steps if isinstance(s, Segment)]
+        pool = runtime.pool()
+        symbols = {"tj_barrier": pool.barrier_address}
+        self._loaded = [codecache.Loaded(s.code, symbols) for s in self.segments]
+        self._functions = [
+            loaded.address("par" if s.parallel and pool.threads > 1 else "seq")
+            for s, loaded in zip(self.segments, self._loaded)
+        ]
+        self._threads = [pool.threads if s.parallel else 1 for s in self.segments]
+        self._memory: Memory | None = None
+        self._lock = threading.Lock()
+        self._inputs = [program.buffers[b] for b in program.inputs]
+        self._targets = [b for b in program.buffers if b.kind == "output"]
+        self._host = hostops.HostOps(program, self._compile_graph)
+        self._source: list[str] | None = None
+        self.kernels: Sequence[KernelInfo] = [self._info(i) for i in range(len(program.kernels))]
+        self._plain = [b for b in program.outputs] == [b.id for b in self._targets]
+        self._entry: entry.Entry | None = None
+        self._run: Any = self._first
+
+    # -- kernels ------------------------------------------------------------------------------------------------------
+    def _info(self, index: int) -> KernelInfo:
+        kernel = self.program.kernels[index]
+        kind = next((name for cls, name in _KINDS if isinstance(kernel, cls)), "op")
+        return KernelInfo(index, kernel.name, kind, kernel.nodes, kernel.bytes, kernel.flops, lambda: self._kernel_source(index))
+
+    def _sources(self) -> list[str]:
+        """LLVM IR per kernel, made again on request: it is not kept."""
+        if self._source is None:
+            out = ["" for _ in self.program.kernels]
+            parts, _ = build(self.program)
+            for kernels, module, _layout, planner in parts:
+                for unit in planner.units:
+                    out[kernels[unit.kernel]] += module.functions[unit.function] + "\n"
+            self._source = [text or "; runs in Python between native parts\n" for text in out]
+        return self._source
+
+    def _kernel_source(self, index: int) -> str:
+        return self._sources()[index]
+
+    def inspect(self) -> Mapping[str, str]:
+        """LLVM IR and assembly of the whole program."""
+        parts, _ = build(self.program)
+        texts = [module.text() for _, module, _, _ in parts]
+        return {"LLVM IR": "\n".join(texts), "assembly": "\n".join(codecache.to_assembly(t) for t in texts)}
+
+    def _compile_graph(self, graph: Any) -> CpuExecutable:
+        """Compile a sub-graph of a control-flow op."""
+        from tracejit.lower import lower
+
+        from tracejit_cpu import backend
+
+        return CpuExecutable(lower(graph, backend.capabilities("")))
+
+    # -- calls --------------------------------------------------------------------------------------------------------
+    def __call__(self, inputs: Sequence[Any]) -> list[Any]:
+        """Run once."""
+        return self._run(inputs)
+
+    def _first(self, inputs: Sequence[Any]) -> list[Any]:
+        """The first call: allocate memory, make the native entry, start the workers."""
+        with self._lock:
+            if self._memory is None:
+                if any(t > 1 for t in self._threads):
+                    runtime.pool().start()
+                memory = Memory(self)
+                if len(self.steps) == 1 and self.segments and entry.available():
+                    self._entry = entry.Entry(
+                        self._functions[0],
+                        memory.tables[0],
+                        self._threads[0],
+                        [(b.dtype, b.shape, b.id) for b in self._inputs],
+                        [(b.dtype, b.shape, b.id) for b in self._targets],
+                        self._slow,
+                    )
+                self._memory = memory
+        if self._entry is not None:
+            self._run = self._entry.call if self._plain else self._native_then_arrange
+        else:
+            self._run = self._slow
+        return self._run(inputs)
+
+    def _native_then_arrange(self, inputs: Sequence[Any]) -> list[Any]:
+        """Outputs that are inputs, constants or repeated are copied from where they are."""
+        assert self._entry is not None
+        return self._arrange(self._entry.call(inputs), [np.asarray(x) for x in inputs])
+
+    def _arrange(self, results: Sequence[np.ndarray], inputs: Sequence[np.ndarray]) -> list[Any]:
+        where = {b.id: r for b, r in zip(self._targets, results)}
+        out: list[Any] = []
+        for number in self.program.outputs:
+            b = self.program.buffers[number]
+            if b.kind == "input":
+                source = np.array(inputs[b.index], b.dtype, order="C", copy=True)
+                out.append(source.reshape(source.shape))
+            elif b.kind == "const":
+                out.append(self.constants[b.index].copy())
+            else:
+                out.append(where[number] if not any(where[number] is o for o in out) else where[number].copy())
+        return out
+
+    def _slow(self, inputs: Sequence[Any]) -> list[Any]:
+        """The Python path: copies inputs that are not plain, has memory of its own, always fresh results."""
+        arrays = [self._plain_array(x, b) for x, b in zip(inputs, self._inputs, strict=True)]
+        results = [np.empty(b.shape, b.dtype) for b in self._targets]
+        memory = Memory(self)
+        self._execute(memory, arrays, results)
+        return list(results) if self._plain and self._entry is not None else self._arrange(results, arrays)
+
+    @staticmethod
+    def _plain_array(value: Any, buffer: Buffer) -> np.ndarray:
+        array = np.asarray(value)
+        if array.dtype != buffer.dtype or not array.dtype.isnative:
+            array = array.astype(buffer.dtype)
+        if not (array.flags.c_contiguous and array.flags.aligned):
+            array = np.array(array, order="C", copy=True)
+        return array
+
+    def _set_pointers(self, memory: Memory, arrays: Sequence[np.ndarray], results: Sequence[np.ndarray]) -> None:
+        for table in memory.tables:
+            for b, a in zip(self._inputs, arrays):
+                table[b.id] = a.ctypes.data
+            for b, r in zip(self._targets, results):
+                table[b.id] = r.ctypes.data
+
+    def _execute(self, memory: Memory, arrays: Sequence[np.ndarray], results: Sequence[np.ndarray]) -> None:
+        self._set_pointers(memory, arrays, results)
+        part = 0
+        for step in self.steps:
+            if isinstance(step, HostStep):
+                self._host.run(step.kernel, self._views(memory, arrays, results))
+            else:
+                runtime.pool().run(self._functions[part], memory.tables[part].ctypes.data, self._threads[part])
+                part += 1
+
+    def _views(self, memory: Memory, arrays: Sequence[np.ndarray], results: Sequence[np.ndarray]) -> hostops.Views:
+        """A way to see any buffer as an array."""
+        given = {b.id: a for b, a in zip(self._inputs, arrays)}
+        given.update({b.id: r for b, r in zip(self._targets, results)})
+
+        def view(buffer: int, shape: tuple[int, ...]) -> np.ndarray:
+            b = self.program.buffers[buffer]
+            if b.kind == "const":
+                return self.constants[b.index].reshape(shape)
+            if buffer in given:
+                return given[buffer].reshape(shape)
+            raw = memory.loose[buffer] if b.offset is None else memory.arena[b.offset : b.offset + b.nbytes]
+            return raw[: b.nbytes].view(b.dtype).reshape(shape)
+
+        return view
+
+    # -- observation --------------------------------------------------------------------------------------------------
+    def observed(self, inputs: Sequence[Any]) -> tuple[list[Any], Timing]:
+        """Run kernel by kernel and report when each ran."""
+        arrays = [self._plain_array(x, b) for x, b in zip(inputs, self._inputs, strict=True)]
+        results = [np.empty(b.shape, b.dtype) for b in self._targets]
+        memory = Memory(self)
+        self._set_pointers(memory, arrays, results)
+        count = len(self.program.kernels)
+        order, start, end = [], np.zeros(count, np.int64), np.zeros(count, np.int64)
+        pool = runtime.pool()
+        at = part = 0
+        for step in self.steps:
+            if isinstance(step, HostStep):
+                start[at] = time.perf_counter_ns()
+                self._host.run(step.kernel, self._views(memory, arrays, results))
+                end[at] = time.perf_counter_ns()
+                order.append(step.kernel)
+                at += 1
+                continue
+            table, function = memory.tables[part], self._loaded[part].address("one")
+            for local, kernel in enumerate(step.kernels):
+                table[step.layout.select_slot] = local
+                start[at] = time.perf_counter_ns()
+                pool.run(function, table.ctypes.data, self._threads[part])
+                end[at] = time.perf_counter_ns()
+                order.append(kernel)
+                at += 1
+            part += 1
+        timing = Timing(
+            np.array(order, np.uint32), start, end, self._live(order), np.zeros(count, np.uint8)
+        )
+        return self._arrange(results, arrays), timing
+
+    def _live(self, order: Sequence[int]) -> np.ndarray:
+        """Bytes of intermediate and output memory in use while each kernel runs."""
+        buffers = {b.id: b for b in self.program.buffers if b.kind in ("temp", "output")}
+        first: dict[int, int] = {}
+        last: dict[int, int] = {}
+        for at, index in enumerate(order):
+            kernel = self.program.kernels[index]
+            for b in (*kernel.reads, *kernel.writes):
+                if b in buffers:
+                    first.setdefault(b, at)
+                    last[b] = at
+        live = np.zeros(len(order), np.int64)
+        for b, at in first.items():
+            until = len(order) if buffers[b].kind == "output" else last[b] + 1
+            live[at:until] += buffers[b].nbytes
+        return live
