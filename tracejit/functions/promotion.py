@@ -44,7 +44,9 @@ def is_weak(operand: Any) -> bool:
 @lru_cache(maxsize=4096)
 def _resolve(ufunc: np.ufunc, dtypes: tuple[Any, ...], dtype: DType | None) -> tuple[DType, ...]:
     given: tuple[Any, ...] = tuple(np.dtype(bool) if d is bool else d for d in dtypes)
-    if all(isinstance(d, type) for d in given):  # Python scalars only: NumPy would fall back to objects for some ufuncs
+    if all(
+        isinstance(d, type) for d in given
+    ):  # Python scalars only: NumPy would fall back to objects for some ufuncs
         given = tuple(WEAK_DTYPES[d] for d in given)
     given += (None,) * ufunc.nout
     if dtype is None:
@@ -163,7 +165,7 @@ def weakly(result: Any, weak: bool) -> Any:
 
 def reject_keywords(op: str, out: Any = None, where: Any = True, **ignored: Any) -> None:
     """Errors for ``out=`` and ``where=``; ``order``, ``subok``, ``casting`` have no meaning for recorded values."""
-    if out is not None and out != (None,) and out is not _NO_VALUE:
+    if out is not None and out is not _NO_VALUE and not (isinstance(out, tuple) and out == (None,)):
         raise TracingError.make(
             "out= cannot be used in traced code, because recorded values are immutable",
             op=op,

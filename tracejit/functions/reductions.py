@@ -385,90 +385,21 @@ def count_nonzero(a: Any, axis: Any = None, *, keepdims: Any = False) -> Any:
     return sum(pr.tensor(a, "count_nonzero", BOOL), axis, INT64, keepdims=keepdims)
 
 
-# -- ignoring NaN --------------------------------------------------------------------------------------------
-
-
-def nansum(
-    a: Any, axis: Any = None, dtype: Any = None, out: Any = None, keepdims: Any = False, **kwargs: Any
-) -> Any:
-    """:func:`sum` with NaN counted as 0."""
-    if not pr.any_tensor(a):
-        return np.nansum(a, axis=axis, dtype=dtype, out=out, keepdims=keepdims, **_given_only(kwargs))
-    return sum(_replace_nan(a, 0.0, "nansum"), axis, dtype, out, keepdims, **_given_only(kwargs))
-
-
-def nanprod(
-    a: Any, axis: Any = None, dtype: Any = None, out: Any = None, keepdims: Any = False, **kwargs: Any
-) -> Any:
-    """:func:`prod` with NaN counted as 1."""
-    if not pr.any_tensor(a):
-        return np.nanprod(a, axis=axis, dtype=dtype, out=out, keepdims=keepdims, **_given_only(kwargs))
-    return prod(_replace_nan(a, 1.0, "nanprod"), axis, dtype, out, keepdims, **_given_only(kwargs))
-
-
-def nanmean(
-    a: Any,
-    axis: Any = None,
-    dtype: Any = None,
-    out: Any = None,
-    keepdims: Any = False,
-    *,
-    where: Any = _NO_VALUE,
-) -> Any:
-    """:func:`mean` of the elements that are not NaN; NaN where there are none."""
-    if not pr.any_tensor(a, where):
-        return np.nanmean(
-            a, axis=axis, dtype=dtype, out=out, keepdims=keepdims, **_given_only({"where": where})
-        )
-    x = pr.tensor(a, "nanmean")
-    valid = el.logical_not(el.isnan(x))
-    if _given(where) and where is not True:
-        valid = el.logical_and(valid, where)
-    return mean(_replace_nan(x, 0.0, "nanmean"), axis, dtype, out, keepdims, where=valid)
-
-
-def nanmax(a: Any, axis: Any = None, out: Any = None, keepdims: Any = False, **kwargs: Any) -> Any:
-    """:func:`max` of the elements that are not NaN; NaN where there are none."""
-    if not pr.any_tensor(a):
-        return np.nanmax(a, axis=axis, out=out, keepdims=keepdims, **_given_only(kwargs))
-    return _nan_extremum("nanmax", max, -np.inf, a, axis, out, keepdims, kwargs)
-
-
-def nanmin(a: Any, axis: Any = None, out: Any = None, keepdims: Any = False, **kwargs: Any) -> Any:
-    """:func:`min` of the elements that are not NaN; NaN where there are none."""
-    if not pr.any_tensor(a):
-        return np.nanmin(a, axis=axis, out=out, keepdims=keepdims, **_given_only(kwargs))
-    return _nan_extremum("nanmin", min, np.inf, a, axis, out, keepdims, kwargs)
-
-
-def _nan_extremum(
-    name: str,
-    function: Callable[..., Any],
-    neutral: float,
-    a: Any,
-    axis: Any,
-    out: Any,
-    keepdims: Any,
-    kwargs: Any,
-) -> Any:
-    x = pr.tensor(a, name)
-    if x.dtype.kind != "f":
-        return function(x, axis, out, keepdims, **_given_only(kwargs))
-    found = function(_replace_nan(x, neutral, name), axis, out, keepdims, **_given_only(kwargs))
-    nothing = all(el.isnan(x), axis, keepdims=keepdims)
-    return ew.where(nothing, pr.constant_like(found, np.nan), found)
-
-
-def _replace_nan(a: Any, value: float, op: str) -> Tensor:
-    x = pr.tensor(a, op)
-    return ew.where(ew.isnan(x), pr.constant_like(x, value), x) if x.dtype.kind == "f" else x
-
-
-def _given_only(kwargs: dict[str, Any]) -> dict[str, Any]:
-    return {k: v for k, v in kwargs.items() if v is not _NO_VALUE}
-
-
 __all__ = [
-    "all", "amax", "amin", "any", "argmax", "argmin", "average", "count_nonzero", "max", "mean", "min", "nanmax",
-    "nanmean", "nanmin", "nanprod", "nansum", "prod", "ptp", "std", "sum", "var",
-]  # fmt: skip
+    "all",
+    "amax",
+    "amin",
+    "any",
+    "argmax",
+    "argmin",
+    "average",
+    "count_nonzero",
+    "max",
+    "mean",
+    "min",
+    "prod",
+    "ptp",
+    "std",
+    "sum",
+    "var",
+]
