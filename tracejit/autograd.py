@@ -405,7 +405,7 @@ class custom_vjp:
         self._fn = fn
         self._fwd: Callable[..., Any] | None = None
         self._bwd: Callable[..., Any] | None = None
-        functools.update_wrapper(self, fn)
+        functools.update_wrapper(self, fn, updated=())
 
     def defvjp(self, fwd: Callable[..., Any], bwd: Callable[..., Any]) -> None:
         """Set the forward and backward functions."""

@@ -174,6 +174,9 @@ class GraphBuilder:
             key = (op.name, tuple(ids), tuple(sorted((k, attr_key(v)) for k, v in attrs.items())))
             found = self._unique.get(key)
             if found is not None:
+                if found.grad_of is not None and self.grad_of is None and (like is None or like.grad_of is None):
+                    # The forward program uses it too (a shared constant): it is not a gradient node.
+                    object.__setattr__(found, "grad_of", None)
                 return found
         inferred = op.infer(*inputs, **attrs)
         avals: tuple[tuple[Shape, DType], ...] = ()

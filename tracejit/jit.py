@@ -93,7 +93,7 @@ class TracedFunction:
         self._streak = 0
         self._warned = False
         self._parameters = _check_function(fn, self._static)
-        functools.update_wrapper(self, fn)
+        functools.update_wrapper(self, fn, updated=())
 
     # -- calling ---------------------------------------------------------------------------------------------------
 

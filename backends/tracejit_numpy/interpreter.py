@@ -89,7 +89,8 @@ class Interpreter:
                 continue
             args = operands[n]
             dead = [b for b in dict.fromkeys(base.get(o, o) for o in args) if last[b] == i and b not in kept]
-            ufunc = _UFUNCS.get(n.op.name)
+            # Integer powers with a negative exponent are an error in the ufunc; the reference defines them.
+            ufunc = None if n.op.name == "pow" and n.dtype.kind != "f" else _UFUNCS.get(n.op.name)
             out = -1
             if ufunc is not None:
                 call: Callable[..., Any] = ufunc
@@ -141,8 +142,9 @@ class Interpreter:
             for step in self._steps:
                 args = [values[a] for a in step.args]
                 try:
-                    if step.out >= 0 and values[step.out].shape == step.node.shape:
-                        values[step.slot] = step.call(*args, out=values[step.out])
+                    target = values[step.out] if step.out >= 0 else None
+                    if type(target) is np.ndarray and target.shape == step.node.shape:  # not a NumPy scalar
+                        values[step.slot] = step.call(*args, out=target)
                     else:
                         values[step.slot] = step.call(*args)
                 except MemoryError as error:

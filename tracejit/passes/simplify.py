@@ -165,6 +165,8 @@ def _reshape(b: GraphBuilder, node: Node, inputs: tuple[Node, ...]) -> Node | No
         return b.add("reshape", (x.inputs[0],), {"shape": node.shape}, like=node)
     if x.op.name == "broadcast_to" and x.inputs[0].shape == ():
         return b.add("broadcast_to", (x.inputs[0],), {"shape": node.shape}, like=node)
+    if x.op.name == "const":
+        return b.add("broadcast_to", (x,), {"shape": node.shape}, like=node)
     return None
 
 
@@ -177,11 +179,31 @@ def _transpose(b: GraphBuilder, node: Node, inputs: tuple[Node, ...]) -> Node | 
         return b.add("transpose", (x.inputs[0],), {"perm": tuple(inner[p] for p in perm)}, like=node)
     if x.op.name == "broadcast_to" and x.inputs[0].shape == ():
         return b.add("broadcast_to", (x.inputs[0],), {"shape": node.shape}, like=node)
+    if x.op.name == "dot_general":
+        return _transposed_product(b, node, x)
     # Moving axes of size one moves no data: a reshape says so to everyone behind.
     kept = [p for p in perm if x.shape[p] != 1]
     if kept == sorted(kept):
         return b.add("reshape", (x,), {"shape": node.shape}, like=node)
     return None
+
+
+def _transposed_product(b: GraphBuilder, node: Node, product: Node) -> Node | None:
+    """(A B)^T = B^T A^T: a transpose that swaps the free axes of a product is the product with swapped operands."""
+    at, (lhs, rhs) = product.attrs, product.inputs
+    batch = len(at["lhs_batch"])
+    left = lhs.ndim - batch - len(at["lhs_contract"])
+    right = rhs.ndim - batch - len(at["rhs_contract"])
+    swapped = (*range(batch), *range(batch + left, batch + left + right), *range(batch, batch + left))
+    if not left or not right or node.attrs["perm"] != swapped:
+        return None
+    attrs = {
+        "lhs_batch": at["rhs_batch"],
+        "rhs_batch": at["lhs_batch"],
+        "lhs_contract": at["rhs_contract"],
+        "rhs_contract": at["lhs_contract"],
+    }
+    return b.add("dot_general", (rhs, lhs), attrs, like=node)
 
 
 def _broadcast_to(b: GraphBuilder, node: Node, inputs: tuple[Node, ...]) -> Node | None:
