@@ -221,27 +221,6 @@ def tri(N: Any, M: Any = None, k: Any = 0, dtype: Any = float, *, like: Any = No
     return _cast(_band(n, m, operator.index(k), ew.less_equal), dtype, "tri")
 
 
-def _triangle(name: str, compare: Any) -> Any:
-    def function(m: Any, k: Any = 0) -> Any:
-        if not _any_tensor(m):
-            return getattr(np, name)(m, k)
-        x = pr.tensor(m, name)
-        if x.ndim < 2:
-            if x.ndim == 0:
-                raise ShapeError.make("needs an array of one or more axes", op=name, got={"x": x})
-            x = pr.broadcast_to(x, (x.shape[0], x.shape[0]))
-        mask = _band(x.shape[-2], x.shape[-1], operator.index(k), compare)
-        return ew.where(pr.broadcast_to(mask, x.shape), x, pr.constant_like(x, 0))
-
-    function.__name__ = function.__qualname__ = name
-    function.__doc__ = f"As ``np.{name}``: zeros on the other side of the k-th diagonal."
-    return function
-
-
-tril = _triangle("tril", ew.less_equal)
-triu = _triangle("triu", ew.greater_equal)
-
-
 def meshgrid(*xi: Any, copy: bool = True, sparse: bool = False, indexing: str = "xy") -> Any:
     """As ``np.meshgrid``: coordinate matrices from coordinate vectors."""
     if not _any_tensor(*xi):
@@ -323,8 +302,6 @@ __all__ = [
     "ones",
     "ones_like",
     "tri",
-    "tril",
-    "triu",
     "zeros",
     "zeros_like",
 ]
