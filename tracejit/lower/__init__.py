@@ -1,0 +1,58 @@
+"""Lowering: an optimised graph becomes a :class:`~tracejit.program.Program` of fused kernels with a memory plan.
+
+``lower(graph, capabilities)`` is called by ``compilation.build_program`` for every compiled backend. Stages, one file
+each: prepare (normal form), attention (pattern), fusion (clusters), kernels/emit/coalesce (code), horizontal (merging),
+schedule, memory.
+"""
+
+from __future__ import annotations
+
+from tracejit.graph import Graph
+from tracejit.lower import memory, schedule
+from tracejit.lower.fusion import Fusion
+from tracejit.lower.kernels import KernelBuilder, Unfusable
+from tracejit.lower.prepare import Prepared
+from tracejit.program import Capabilities, Kernel, Program
+
+_ATTEMPTS = 64
+
+
+def lower(graph: Graph, capabilities: Capabilities) -> Program:
+    """The program of ``graph`` for a backend with the given capabilities. Every graph lowers."""
+    forced: frozenset[int] = frozenset()
+    for _ in range(_ATTEMPTS):
+        try:
+            return _lower(graph, capabilities, forced)
+        except Unfusable as stop:
+            forced = forced | {stop.nid}
+    raise AssertionError(f"lowering of {graph.name!r} does not settle; stored by force: {sorted(forced)}")
+
+
+def _lower(graph: Graph, caps: Capabilities, forced: frozenset[int]) -> Program:
+    prepared = Prepared(graph, caps)
+    fusion = Fusion(prepared, caps, forced)
+    builder = KernelBuilder(fusion)
+    kernels: list[Kernel] = []
+    ranks: list[int] = []
+    for c in fusion.clusters:
+        kernel = builder.kernel(c)
+        if kernel is not None:
+            kernels.append(kernel)
+            roots = [v.index for v in (*c.members, *c.reads) if v.home is c] or [0]
+            ranks.append(max(roots))
+    sequence = schedule.order(kernels, builder.buffers, ranks)
+    kernels = [kernels[i] for i in sequence]
+    buffers, arena, bound = memory.plan(kernels, builder.buffers, caps.separate_outputs)
+    kernels = schedule.dependencies(kernels, buffers)
+    return Program(
+        graph.name,
+        graph,
+        tuple(buffers),
+        tuple(kernels),
+        tuple(range(len(graph.inputs))),
+        tuple(builder.outputs),
+        tuple(builder.constants),
+        arena,
+        bound,
+        tuple(fusion.decisions),
+    )

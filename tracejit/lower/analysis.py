@@ -1,0 +1,72 @@
+"""Forward analysis before fusion: what it costs to recompute a value, from which stored values, behind which product.
+
+Called once by ``fusion.py``. ``leaves`` are the values that will be in memory anyway, as far as can be told beforehand.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from tracejit.lower.values import (
+    ATTENTION,
+    CONST,
+    DOT,
+    GENERATOR,
+    LEAF,
+    MAP,
+    OP,
+    PROJ,
+    REDUCE,
+    VIEW,
+    Value,
+    weight,
+)
+from tracejit.program import Capabilities
+
+#: Values computed from more stored values than this are never recomputed elsewhere.
+MAX_LEAVES = 6
+#: A value whose operands a kernel reads anyway may cost this many times ``recompute_flops``.
+FREE_FACTOR = 10
+
+
+def strip(v: Value) -> Value:
+    """The value behind reshapes and transposes."""
+    while v.op in ("reshape", "transpose"):
+        v = v.inputs[0]
+    return v
+
+
+def analyse(values: Sequence[Value], outputs: Sequence[Value], caps: Capabilities) -> None:
+    """Fill in ``cost``, ``leaves`` and ``epi``."""
+    stored: set[Value] = {strip(v) for v in outputs}
+    for v in values:
+        if v.kind in (DOT, OP, ATTENTION):
+            stored.update(strip(x) for x in v.inputs)
+    limit = caps.recompute_flops * FREE_FACTOR
+    for v in values:
+        kind = v.kind
+        if kind == CONST:
+            continue
+        if kind in (LEAF, REDUCE, DOT, OP, PROJ, ATTENTION):
+            v.leaves = frozenset((v,))
+            if (kind == DOT and caps.contract_epilogue) or (v.op == "conv2d" and kind == OP and caps.conv_epilogue):
+                v.epi = v
+            continue
+        inputs = set(v.inputs)
+        cost = weight(v) + sum(x.cost for x in inputs)
+        leaves: frozenset[Value] | None = frozenset()
+        for x in inputs:
+            if leaves is None or x.leaves is None:
+                leaves = None
+                break
+            leaves |= x.leaves
+        if leaves is not None and len(leaves) > MAX_LEAVES:
+            leaves = None
+        if kind == MAP or (kind == VIEW and v.op in ("reshape", "transpose")):
+            for x in v.inputs:
+                if x.epi is not None and x.size == v.size and len(set(x.users)) == 1:
+                    v.epi = x.epi
+        shared = len(set(v.users)) > 1
+        if (kind in (MAP, GENERATOR) and shared and (v.epi is not None or cost > limit)) or v in stored:
+            cost, leaves = 0.0, frozenset((v,))
+        v.cost, v.leaves = cost, leaves

@@ -1,0 +1,143 @@
+"""What a kernel touches and costs: buffers read and written, bytes moved, floating-point operations; and its name.
+
+Called by ``kernels.py``, ``horizontal.py`` and ``attention.py`` whenever they make a kernel.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from math import prod
+
+from tracejit.lower.cluster import Cluster
+from tracejit.lower.values import DOT, REDUCE, WEIGHTS, Value
+from tracejit.program import (
+    Access,
+    AttentionKernel,
+    Buffer,
+    Contract,
+    ContractKernel,
+    Kernel,
+    LoopBody,
+    LoopKernel,
+    OpKernel,
+)
+
+_FREE = frozenset({"load", "store", "const", "index", "acc"})
+_QUIET = frozenset({"convert", "reshape", "transpose", "broadcast_to", "slice", "pad", "identity", "const", "iota"})
+
+
+def body_accesses(body: LoopBody) -> Iterable[tuple[bool, Access, tuple[int, ...]]]:
+    """(is store, access, axes) of every load and store."""
+    for i in body.instrs:
+        if i.op == "load" or i.op == "store":
+            yield i.op == "store", i.attrs["access"], i.axes
+
+
+def body_cost(body: LoopBody, buffers: Sequence[Buffer]) -> tuple[int, int]:
+    """(bytes, flops) of one body: each buffer's distinct elements once per direction, each instruction per point."""
+    touched: dict[tuple[int, bool], int] = {}
+    for store, access, axes in body_accesses(body):
+        points = prod(body.domain[a] for a in axes)
+        key = (access.buffer, store)
+        b = buffers[access.buffer]
+        touched[key] = min(b.size, max(points, touched.get(key, 0)))
+    moved = sum(n * buffers[b].dtype.itemsize for (b, _), n in touched.items())
+    flops = 0.0
+    for i in body.instrs:
+        if i.op not in _FREE:
+            axes = (*i.axes, *body.reduce_axes) if i.op == "reduce" else i.axes
+            flops += WEIGHTS.get(i.op, 1.0) * prod(body.domain[a] for a in set(axes))
+    return moved, int(flops)
+
+
+def _contract_cost(c: Contract, buffers: Sequence[Buffer]) -> tuple[int, int]:
+    domain = (*c.batch, *c.m, *c.n, *c.k)
+    moved, flops = body_cost(c.epilogue, buffers)
+    for a in (c.a, c.b):
+        elements = prod(n for n, s in zip(domain, a.strides, strict=True) if s)
+        moved += elements * buffers[a.buffer].dtype.itemsize
+    return moved, flops + 2 * prod(domain)
+
+
+def finish(kernel: Kernel, buffers: Sequence[Buffer]) -> Kernel:
+    """``kernel`` with reads, writes, bytes and flops filled in."""
+    reads: dict[int, None] = {}
+    writes: dict[int, None] = {}
+    moved = flops = 0
+
+    def add_body(body: LoopBody) -> None:
+        for store, access, _ in body_accesses(body):
+            (writes if store else reads)[access.buffer] = None
+
+    if isinstance(kernel, LoopKernel):
+        for body in kernel.bodies:
+            add_body(body)
+            m, f = body_cost(body, buffers)
+            moved, flops = moved + m, flops + f
+    elif isinstance(kernel, ContractKernel):
+        for p in kernel.problems:
+            reads[p.a.buffer] = reads[p.b.buffer] = None
+            add_body(p.epilogue)
+            m, f = _contract_cost(p, buffers)
+            moved, flops = moved + m, flops + f
+    elif isinstance(kernel, AttentionKernel):
+        for a in (kernel.q, kernel.k, kernel.v, kernel.mask, kernel.dout):
+            if a is not None:
+                reads[a.buffer] = None
+        for a in (kernel.out, kernel.lse):
+            if a is not None:
+                (reads if kernel.grad else writes)[a.buffer] = None
+        for a in (kernel.dq, kernel.dk, kernel.dv):
+            if a is not None:
+                writes[a.buffer] = None
+        rows = prod(kernel.batch)
+        pairs = rows * kernel.tq * kernel.tk // (2 if kernel.causal else 1)
+        flops = pairs * (kernel.d + kernel.dv_dim) * (5 if kernel.grad else 2)
+        sides = rows * (kernel.tq * (kernel.d + kernel.dv_dim) + kernel.tk * (kernel.d + kernel.dv_dim))
+        moved = sides * kernel.dtype.itemsize * (2 if kernel.grad else 1)
+    elif isinstance(kernel, OpKernel):
+        for b, _ in kernel.operands:
+            reads[b] = None
+        for b, _ in kernel.results:
+            if b >= 0:
+                writes[b] = None
+        moved = sum(buffers[b].nbytes for b in (*reads, *writes))
+        flops = _op_flops(kernel)
+        if kernel.epilogue is not None:
+            add_body(kernel.epilogue)
+            m, f = body_cost(kernel.epilogue, buffers)
+            moved, flops = moved + m, flops + f
+    return replace(kernel, reads=tuple(reads), writes=tuple(writes), bytes=moved, flops=flops)
+
+
+def _op_flops(k: OpKernel) -> int:
+    sizes = [prod(s) for _, s in k.operands]
+    out = sum(prod(s) for _, s in k.results)
+    if k.op.startswith("conv2d"):
+        shapes = [s for _, s in (*k.operands, *k.results)]
+        if k.op == "conv2d":
+            x, w, y = shapes
+        elif k.op == "conv2d_input_grad":
+            y, w, x = shapes
+        else:
+            x, y, w = shapes
+        return 2 * prod(y) * w[1] * w[2] * w[3]
+    if "pool" in k.op:
+        return max([*sizes, out]) * prod(k.attrs.get("kernel", (1,)))
+    return max([*sizes, out], default=0)
+
+
+def kernel_name(c: Cluster) -> str:
+    """A readable name for the kernel of a cluster: its anchor, then its most telling ops."""
+    main: list[str] = []
+    if c.contract is not None:
+        main.append("matmul" if c.contract.kind == DOT else c.contract.op)
+    ordered: list[Value] = sorted(c.members, key=lambda v: v.index)
+    seen: dict[str, float] = {}
+    for v in ordered:
+        if v.op not in _QUIET:
+            seen[v.op] = max(seen.get(v.op, 0), WEIGHTS.get(v.op, 1.0) + (50 if v.kind == REDUCE else 0))
+    best = sorted(seen, key=lambda op: -seen[op])[:3]
+    main += [op for op in seen if op in best]
+    return "_".join(main) or "copy"

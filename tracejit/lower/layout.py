@@ -1,0 +1,49 @@
+"""Where values live: which buffer, with which strides. Filled in after fusion, read by ``emit.py``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from tracejit.lower import affine
+from tracejit.lower.fusion import Fusion
+from tracejit.lower.values import LEAF, OP, PROJ, Value
+
+
+@dataclass(frozen=True)
+class Place:
+    """Element ``offset + sum(strides * index)`` of the buffer of value ``root``."""
+
+    root: Value
+    strides: tuple[int, ...]
+    offset: int = 0
+
+
+def place_of(v: Value, fusion: Fusion) -> Place:
+    """The place of a value that is in memory (decided on first use)."""
+    if v.place is not None:
+        return v.place
+    if v.alias is not None:
+        owner = place_of(v.alias, fusion)
+        place = Place(owner.root, affine.contiguous(v.shape), owner.offset)
+    elif v.target is not None:
+        within, strides, offset = v.target
+        owner = place_of(within, fusion)
+        place = Place(owner.root, strides, owner.offset + offset)
+    elif v.layout is not None:
+        place = Place(v, v.layout)
+    elif v.kind in (LEAF, OP) or (v.kind == PROJ and v.inputs[0].kind == OP) or is_flat(v):
+        place = Place(v, affine.contiguous(v.shape))
+    else:
+        place = Place(v, fusion.preferred_layout(v))
+    v.place = place
+    return place
+
+
+def is_flat(v: Value) -> bool:
+    """True if somebody reads ``v`` by its row-major position."""
+    return any(m[2] for maps in v.maps.values() for m in maps)
+
+
+def is_stored(v: Value) -> bool:
+    """True if the home of ``v`` must write it to memory."""
+    return v.required or any(c is not v.home and v not in c.members for c in v.maps)
