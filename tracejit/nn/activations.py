@@ -224,7 +224,7 @@ def logsumexp(x: Any, axis: int | tuple[int, ...] | None = -1, keepdims: bool = 
     axes = tuple(range(x.ndim)) if axis is None else (axis,) if isinstance(axis, int) else tuple(axis)
     for a in axes:
         check_axis(x, a, "logsumexp")
-    with named_scope("logsumexp"), np.errstate(divide="ignore"):
+    with named_scope("logsumexp"), np.errstate(divide="ignore", over="ignore"):
         y = _logsumexp_along(axes)(widen(x))
         return narrow(y if keepdims else np.squeeze(y, axis=axes), x.dtype)
 

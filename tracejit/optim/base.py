@@ -89,7 +89,7 @@ class Optimizer:
             for stage, kept in zip(self.stages, state.slots):
                 _check_slots(kept, weights)
                 gradients, kept = stage.apply(gradients, kept, weights, step)
-                slots.append(kept)
+                slots.append(optree.tree_map(lambda x: as_dtype(x, x.dtype), kept))
             rate = current_rate(self.learning_rate, state.step)
             moved = {
                 name: as_dtype(as_dtype(w, g.dtype) - g * scalar_as(rate, g.dtype), w.dtype)
@@ -129,7 +129,7 @@ def chain(*parts: Transform | Optimizer) -> Optimizer:
 
 
 class _Tree:
-    """A tree taken apart: its floating-point arrays by path, and everything needed to put it together again."""
+    """A tree taken apart: its floating-point arrays by path, and what is needed to rebuild it."""
 
     def __init__(self, tree: Any) -> None:
         paths, self.leaves, self.spec = optree.tree_flatten_with_path(tree)
@@ -183,7 +183,7 @@ def arithmetic_dtype(weight: Any) -> DType:
 
 
 def as_dtype(x: Any, dtype: DType) -> Any:
-    """``x`` as ``dtype``: an array where NumPy would make a scalar, so that the kind of leaf never changes."""
+    """``x`` as ``dtype``: an array even where NumPy would make a scalar."""
     if isinstance(x, Tensor):
         return x if x.dtype == dtype and not x.weak else x.astype(dtype)
     return np.asarray(x, dtype=dtype)
@@ -221,7 +221,7 @@ def stateless(apply: Callable[[Leaves, Leaves], Leaves]) -> Transform:
 def check_range(
     owner: str, low: float, high: float, values: Mapping[str, Any] | Sequence[tuple[str, Any]]
 ) -> None:
-    """ValueError for a Python number outside ``low <= value <= high``; traced values are not known and pass."""
+    """ValueError for a Python number outside ``low <= value <= high``; traced values pass."""
     for name, value in dict(values).items():
         if isinstance(value, int | float) and not low <= value <= high:
             raise ValueError(f"[{owner}] {name} must be between {low} and {high}, not {value}")

@@ -145,7 +145,7 @@ def adam(
     eps: float = 1e-8,
     weight_decay: float = 0.0,
 ) -> Optimizer:
-    """Adam (Kingma & Ba, 2015); ``weight_decay`` is added to the gradient (L2), as in ``torch.optim.Adam``."""
+    """Adam (Kingma & Ba, 2015); ``weight_decay`` is L2, added to the gradient, as in ``torch.optim.Adam``."""
     _check_adam("adam", learning_rate, betas, eps, weight_decay)
     return Optimizer((*_with_decay(weight_decay), _scale_by_adam(*betas, eps)), learning_rate)
 
