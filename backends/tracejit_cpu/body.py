@@ -131,6 +131,12 @@ def localize(
         elif ins.op == "random_bits":
             new.strides = shrink(attrs["strides"])
             axes |= {i for i, s in enumerate(new.strides) if s}
+        elif ins.op == "reduce" and not reduce:  # one element: nothing to combine
+            if attrs["kind"] in ARG:
+                new = Ins("const", (), ins.dtype, attrs={"value": 0})
+                axes = set()
+            else:
+                new = Ins("convert", tuple(ins.args), ins.dtype)
         elif ins.op == "reduce":
             new.attrs["kind"] = attrs["kind"]
             axes -= reduce

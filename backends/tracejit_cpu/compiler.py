@@ -15,8 +15,19 @@ from typing import Any
 
 import numpy as np
 
-from tracejit.program import AttentionKernel, ContractKernel, Kernel, LoopKernel, OpKernel, Program
-from tracejit_cpu import codecache
+from tracejit.program import (
+    Access,
+    AttentionKernel,
+    Contract,
+    ContractKernel,
+    Instr,
+    Kernel,
+    LoopBody,
+    LoopKernel,
+    OpKernel,
+    Program,
+)
+from tracejit_cpu import codecache, gemm
 from tracejit_cpu.body import localize
 from tracejit_cpu.host import host
 from tracejit_cpu.irbuilder import Module
@@ -57,6 +68,7 @@ class KernelCompiler:
     def __init__(self, program: Program, module: Module) -> None:
         self.program, self.module = program, module
         self.shared: dict[str, Compiled] = {}
+        self.orders: dict[str, list[int]] = {}
 
     def dtype(self, buffer: int) -> np.dtype[Any]:
         """Element type of a buffer."""
@@ -80,7 +92,42 @@ class KernelCompiler:
                 key = f"loop{defer}{local.key()}"
                 out.append((self.once(key, lambda n, l=local, d=defer: compile_body(self.module, l, n, d)), local.buffers))
             return out
-        raise NotImplementedError(type(kernel))
+        if isinstance(kernel, ContractKernel):
+            for c in kernel.problems:
+                if gemm.prefers_loop(c):
+                    local = localize(gemm.as_loop(c, self.dtype), self.dtype)
+                    key = f"loop{False}{local.key()}"
+                    out.append((self.once(key, lambda n, l=local: compile_body(self.module, l, n)), local.buffers))
+                else:
+                    out.append(self._contract(c))
+            return out
+        raise TypeError(f"no native lowering for {type(kernel).__name__}")
+
+    def _contract(self, c: Contract) -> tuple[Compiled, list[int]]:
+        """A product; equal ones on other buffers share code."""
+        numbers: dict[int, int] = {}
+
+        def rename(access: Access) -> Access:
+            return Access(numbers.setdefault(access.buffer, len(numbers)), access.strides, access.offset)
+
+        instrs = []
+        for i in c.epilogue.instrs:
+            attrs = dict(i.attrs)
+            if "access" in attrs:
+                attrs["access"] = rename(attrs["access"])
+            instrs.append(Instr(i.op, i.args, i.dtype, i.axes, attrs))
+        a, b = rename(c.a), rename(c.b)
+        named = Contract(c.batch, c.m, c.n, c.k, a, b, LoopBody(c.epilogue.domain, tuple(instrs)), c.acc_dtype)
+        original = {v: k for k, v in numbers.items()}
+        dtypes = [self.dtype(original[i]).name for i in range(len(original))]
+        key = f"gemm{_stable(named)}{dtypes}"
+        def make(name: str) -> Compiled:
+            compiled, local = gemm.compile_contract(self.module, named, lambda n: self.dtype(original[n]), name)
+            self.orders[key] = local
+            return compiled
+
+        compiled = self.once(key, make)
+        return compiled, [original[n] for n in self.orders[key]]
 
     def _aliased(self, local: Any) -> bool:
         """Whether a store may overwrite memory that a later sweep still reads."""
@@ -93,7 +140,7 @@ def is_native(kernel: Kernel) -> bool:
     """Whether this backend has a native lowering of the kernel."""
     if isinstance(kernel, OpKernel):
         return False
-    return isinstance(kernel, LoopKernel)
+    return isinstance(kernel, LoopKernel | ContractKernel)
 
 
 def build(program: Program) -> tuple[list[tuple[list[int], Module, Layout, Planner]], list[Segment | HostStep | int]]:

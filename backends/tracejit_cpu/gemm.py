@@ -1,0 +1,487 @@
+"""Matrix products: packed panels, register tiles, fused epilogues. ``compile_contract`` is called by ``compiler.py``.
+
+C is cut into blocks of tiles; a task computes one block, and the cut depends on the shape only. Operands whose layout
+is bad for the micro-kernel are first packed by a stage of their own (all threads together), small ones are read in
+place. Products with a side of one, or of integers, become loops with a reduction.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from tracejit.program import Access, Contract, Instr, LoopBody
+from tracejit_cpu.body import body_cost, localize
+from tracejit_cpu.epilogue import emit_epilogue
+from tracejit_cpu.irbuilder import Fn, Module, memory_type, value_type
+from tracejit_cpu.loops import Compiled, Stage
+from tracejit_cpu.micro import Tile, micro_kernel, pack, pack_table, tile_for
+
+KC_MAX = 1024
+SMALL_B = 64 << 10  # bytes of an operand that is read in place
+
+
+def as_loop(c: Contract, dtype_of: Callable[[int], np.dtype]) -> LoopBody:
+    """The same product as a loop body with a sum over the contracted axes."""
+    free = len(c.batch) + len(c.m) + len(c.n)
+    domain = (*c.batch, *c.m, *c.n, *c.k)
+    red = tuple(range(free, len(domain)))
+
+    def varies(access: Access) -> tuple[int, ...]:
+        return tuple(i for i, s in enumerate(access.strides) if s)
+
+    acc = np.dtype(np.int32) if c.acc_dtype.kind == "b" else c.acc_dtype
+    instrs: list[Instr] = []
+    for access in (c.a, c.b):
+        instrs.append(Instr("load", (), dtype_of(access.buffer), varies(access), {"access": access}))
+    both = tuple(sorted({*instrs[0].axes, *instrs[1].axes}))
+    instrs.append(Instr("convert", (0,), acc, instrs[0].axes, {"dtype": acc}))
+    instrs.append(Instr("convert", (1,), acc, instrs[1].axes, {"dtype": acc}))
+    instrs.append(Instr("mul", (2, 3), acc, both))
+    kept = tuple(a for a in both if a < free)
+    instrs.append(Instr("reduce", (4,), acc, kept, {"kind": "sum"}))
+    instrs.append(Instr("convert", (5,), c.acc_dtype, kept, {"dtype": c.acc_dtype}))
+    result, shift = 6, 7
+    places: list[int] = []
+    for ins in c.epilogue.instrs:
+        if ins.op == "acc":
+            places.append(result)
+            continue
+        attrs = dict(ins.attrs)
+        if "access" in attrs:
+            a = attrs["access"]
+            attrs["access"] = Access(a.buffer, (*a.strides, *(0,) * len(c.k)), a.offset)
+        if "strides" in attrs:
+            attrs["strides"] = (*attrs["strides"], *(0,) * len(c.k))
+        if "gather" in attrs:
+            attrs["gather"] = tuple((places[p], s, n) for p, s, n in attrs["gather"])
+        if attrs.get("predicate") is not None:
+            attrs["predicate"] = places[attrs["predicate"]]
+        places.append(len(instrs))
+        instrs.append(Instr(ins.op, tuple(places[a] for a in ins.args), ins.dtype, ins.axes, attrs, ins.node))
+    del shift
+    return LoopBody(domain, tuple(instrs), red)
+
+
+@dataclass
+class Operand:
+    """One matrix of a product: local buffer number, element strides along (row, k), batch strides, offset."""
+
+    buffer: int
+    dtype: np.dtype
+    free: int
+    k: int
+    batch: list[int]
+    offset: int
+    ktable: np.ndarray | None = None
+    packed: int | None = None  # temporary that holds the packed panels
+
+
+@dataclass
+class Problem:
+    """A contraction on merged axes: batch sizes, one row axis, one column axis, one k axis (or offset tables)."""
+
+    batch: list[int]
+    m: int
+    n: int
+    k: int
+    a: Operand
+    b: Operand
+    epilogue: LoopBody
+    groups: list[list[int]]
+
+
+def _pad_axes(c: Contract) -> Contract:
+    """Give the product at least one row, column and k axis."""
+    batch, m, n, k = c.batch, c.m or (1,), c.n or (1,), c.k or (1,)
+    at_m = len(c.batch)
+    at_n = at_m + len(m)
+
+    def stretch(strides: Sequence[int], with_k: bool) -> tuple[int, ...]:
+        s = list(strides)
+        if not c.m:
+            s.insert(at_m, 0)
+        if not c.n:
+            s.insert(at_n, 0)
+        if with_k and not c.k:
+            s.append(0)
+        return tuple(s)
+
+    if (m, n, k) == (c.m, c.n, c.k):
+        return c
+    instrs = []
+    for ins in c.epilogue.instrs:
+        attrs = dict(ins.attrs)
+        if "access" in attrs:
+            x = attrs["access"]
+            attrs["access"] = Access(x.buffer, stretch(x.strides, False), x.offset)
+        if "strides" in attrs:
+            attrs["strides"] = stretch(attrs["strides"], False)
+        if ins.op == "index":
+            axis = attrs["axis"]
+            attrs["axis"] = axis + (not c.m and axis >= at_m) + (not c.n and axis + (not c.m) >= at_n)
+        instrs.append(Instr(ins.op, ins.args, ins.dtype, ins.axes, attrs, ins.node))
+    epilogue = LoopBody((*batch, *m, *n), tuple(instrs))
+    a = Access(c.a.buffer, stretch(c.a.strides, True), c.a.offset)
+    b = Access(c.b.buffer, stretch(c.b.strides, True), c.b.offset)
+    return Contract(batch, m, n, k, a, b, epilogue, c.acc_dtype)
+
+
+def _runs(axes: Sequence[int], sizes: Sequence[int], rows: Sequence[Sequence[int]], split: set[int]) -> list[list[int]]:
+    """Merge adjacent axes along which every access in ``rows`` is linear; axes of size 1 vanish."""
+    groups: list[list[int]] = []
+    for axis in axes:
+        if sizes[axis] == 1:
+            continue
+        if groups and not ({axis, groups[-1][-1]} & split):
+            last = groups[-1][-1]
+            if all(r[last] == r[axis] * sizes[axis] for r in rows):
+                groups[-1].append(axis)
+                continue
+        groups.append([axis])
+    return groups
+
+
+def _simplify(c: Contract, dtype_of: Callable[[int], np.dtype]) -> Problem:
+    """Merge axes; extra row and column axes become batch axes; extra k axes become offset tables."""
+    sizes = [*c.batch, *c.m, *c.n, *c.k]
+    nb, nm, nn = len(c.batch), len(c.m), len(c.n)
+    epi = [tuple(i.attrs["access"].strides) + (0,) * len(c.k) for i in c.epilogue.instrs if "access" in i.attrs]
+    epi += [tuple(i.attrs["strides"]) + (0,) * len(c.k) for i in c.epilogue.instrs if i.op == "random_bits"]
+    indexed = {i.attrs["axis"] for i in c.epilogue.instrs if i.op == "index"}
+    a, b = c.a.strides, c.b.strides
+    batch = _runs(range(nb), sizes, [*epi, a, b], indexed)
+    ms = _runs(range(nb, nb + nm), sizes, [*epi, a], indexed) or [[nb]]
+    ns = _runs(range(nb + nm, nb + nm + nn), sizes, [*epi, b], indexed) or [[nb + nm]]
+    ks = _runs(range(nb + nm + nn, len(sizes)), sizes, [a, b], set()) or [[len(sizes) - 1]]
+
+    def size(g: list[int]) -> int:
+        return math.prod(sizes[x] for x in g)
+
+    m = max(ms, key=size) if size(ms[-1]) < 16 else ms[-1]
+    n = max(ns, key=size) if size(ns[-1]) < 8 else ns[-1]
+    batch += [g for g in ms if g is not m] + [g for g in ns if g is not n]
+    total_k = math.prod(size(g) for g in ks)
+
+    def operand(access: Access, free: list[int], number: int) -> Operand:
+        s = access.strides
+        table = None
+        stride = s[ks[0][-1]]
+        if len(ks) > 1:
+            table = np.array([sum(i * s[g[-1]] for i, g in zip(p, ks)) for p in itertools.product(*(range(size(g)) for g in ks))], np.int64)
+        return Operand(number, dtype_of(access.buffer), s[free[-1]], stride, [s[g[-1]] for g in batch], access.offset, table)
+
+    return Problem(
+        [size(g) for g in batch], size(m), size(n), total_k, operand(c.a, m, -1), operand(c.b, n, -2), c.epilogue, [*batch, m, n]
+    )
+
+
+def _swap(c: Contract) -> Contract:
+    """The transposed problem: rows and columns change places."""
+    nb, nm, nn = len(c.batch), len(c.m), len(c.n)
+    order = [*range(nb), *range(nb + nm, nb + nm + nn), *range(nb, nb + nm)]
+    full = [*order, *range(nb + nm + nn, nb + nm + nn + len(c.k))]
+    where = {old: new for new, old in enumerate(order)}
+    instrs = []
+    for ins in c.epilogue.instrs:
+        attrs = dict(ins.attrs)
+        if "access" in attrs:
+            x = attrs["access"]
+            attrs["access"] = Access(x.buffer, tuple(x.strides[o] for o in order), x.offset)
+        if "strides" in attrs:
+            attrs["strides"] = tuple(attrs["strides"][o] for o in order)
+        if ins.op == "index":
+            attrs["axis"] = where[attrs["axis"]]
+        instrs.append(Instr(ins.op, ins.args, ins.dtype, tuple(sorted(where[a] for a in ins.axes)), attrs, ins.node))
+    domain = tuple(c.epilogue.domain[o] for o in order)
+    a = Access(c.b.buffer, tuple(c.b.strides[o] for o in full), c.b.offset)
+    b = Access(c.a.buffer, tuple(c.a.strides[o] for o in full), c.a.offset)
+    return Contract(c.batch, c.n, c.m, c.k, a, b, LoopBody(domain, tuple(instrs)), c.acc_dtype)
+
+
+def prefers_loop(c: Contract) -> bool:
+    """Products that the loop compiler does better: vectors, outer products, integers, empty ones."""
+    m, n, k = (math.prod(x) for x in (c.m, c.n, c.k))
+    if c.acc_dtype.name not in ("float32", "float64"):
+        return True
+    return m <= 1 or n <= 1 or k <= 1 or math.prod(c.batch) * m * n == 0
+
+
+def _wants_swap(c: Contract) -> bool:
+    """True if results are contiguous along the rows and not along the columns."""
+    nb, nm = len(c.batch), len(c.m)
+    score = 0
+    for ins in c.epilogue.instrs:
+        if ins.op == "store":
+            s = ins.attrs["access"].strides
+            last_m = next((s[a] for a in range(nb + nm - 1, nb - 1, -1) if c.epilogue.domain[a] > 1), 0)
+            last_n = next((s[a] for a in range(len(s) - 1, nb + nm - 1, -1) if c.epilogue.domain[a] > 1), 0)
+            score += (last_m == 1) - (last_n == 1)
+    return score > 0
+
+
+class GemmCompiler:
+    """Emits the stages of one contraction."""
+
+    def __init__(self, module: Module, c: Contract, dtype_of: Callable[[int], np.dtype], name: str) -> None:
+        self.module, self.name = module, name
+        c = _pad_axes(c)
+        if _wants_swap(c):
+            c = _swap(c)
+        self.p = _simplify(c, dtype_of)
+        self.acc = value_type(c.acc_dtype)
+        self.tile: Tile = tile_for(module.host, self.acc)
+        self.local = localize(c.epilogue, dtype_of, self.p.groups)
+        self.buffers = [*self.local.buffers, c.a.buffer, c.b.buffer]
+        self.p.a.buffer, self.p.b.buffer = len(self.buffers) - 2, len(self.buffers) - 1
+        self.temps: list[int] = []
+        self.stages: list[Stage] = []
+        self.panels = -(-self.p.n // self.tile.nr)
+        self.blocks = -(-self.p.m // self.tile.mr)
+        self.base, self.extra = divmod(self.p.m, self.blocks)
+
+    def _reuse(self, op: Operand) -> int:
+        """How many copies of a packed operand exist: one per batch index that it varies along."""
+        return math.prod(n for n, s in zip(self.p.batch, op.batch) if s)
+
+    def _decide_packing(self) -> tuple[bool, bool]:
+        p, t = self.p, self.tile
+        size = t.bytes
+        a_mem, b_mem = memory_type(p.a.dtype), memory_type(p.b.dtype)
+        pack_b = b_mem != t.ty or p.b.ktable is not None or p.b.free != 1
+        if not pack_b and p.m > 4 * t.mr:
+            pack_b = p.k * p.n * size > SMALL_B or abs(p.b.k) * size % 4096 == 0 and p.k > 64
+        pack_a = a_mem != t.ty or p.a.ktable is not None
+        if not pack_a and p.n > 2 * t.nr:
+            if p.a.k == 1:
+                pack_a = p.a.free * size % 2048 == 0 and p.k >= 128 and p.n > 4 * t.nr
+            elif p.m * p.k * size > SMALL_B:
+                pack_a = True
+        return pack_a, pack_b
+
+    # -- packing stages -----------------------------------------------------------------------------------------------
+    def _pack_stage(self, op: Operand, width: int, count: int, tag: str, rows: bool) -> None:
+        """Pack all panels of an operand; one task per panel (and batch index)."""
+        p, t = self.p, self.tile
+        copies = self._reuse(op)
+        op.packed = len(self.temps)
+        self.temps.append(copies * count * p.k * width * t.bytes + 256)
+        memory = memory_type(op.dtype)
+        fn = Fn(self.module, f"{self.name}_{tag}", "ptr %src, ptr %dst, i64 %lo, i64 %hi, ptr %scr")
+        with fn.loop("%lo", "%hi") as task:
+            block, rest = task, "0"
+            if copies > 1:
+                block, rest = fn.op(f"urem i64 {task}, {count}"), fn.op(f"udiv i64 {task}, {count}")
+            offset: str = str(op.offset)
+            axes = [(n, s) for n, s in zip(p.batch, op.batch) if s]
+            for n, s in reversed(axes):
+                at = rest if (n, s) is axes[0] else fn.op(f"urem i64 {rest}, {n}")
+                offset = fn.iadd(offset, fn.imul(at, s))
+                rest = fn.op(f"udiv i64 {rest}, {n}") if (n, s) is not axes[0] else rest
+            if rows:
+                first, number = self._block_rows(fn, block)
+            else:
+                first = fn.imul(block, width)
+                number = fn.imin(fn.op(f"sub i64 {p.n}, {first}"), width)
+            dst = fn.gep("%dst", fn.imul(task, p.k * width), t.ty)
+            self._emit_pack(fn, op, memory, fn.gep("%src", offset, memory), first, number, width, dst)
+        fn.finish()
+        moved = copies * count * p.k * width
+        self.stages.append(
+            Stage(fn.name, [op.buffer, ~op.packed], copies * count, moved * 0.25, only_reads=[op.buffer])
+        )
+
+    def _emit_pack(self, fn: Fn, op: Operand, memory: str, src: str, first: str, number: str, width: int, dst: str) -> None:
+        t, p = self.tile, self.p
+        if op.ktable is None:
+            src = fn.gep(src, fn.imul(first, op.free), memory)
+            name = pack(self.module, t.ty, memory, t.lanes, width)
+            fn.emit(f"call void @{name}(ptr {src}, i64 {op.k}, i64 {op.free}, i64 {p.k}, i64 {number}, ptr {dst})")
+            return
+        free = np.arange(max(p.m, p.n), dtype=np.int64) * op.free
+        name = pack_table(self.module, t.ty, memory, width)
+        ktab, ntab = self.module.table(op.ktable), self.module.table(free)
+        at = fn.gep(ntab, first, "i64")
+        fn.emit(f"call void @{name}(ptr {src}, ptr {ktab}, ptr {at}, i64 {p.k}, i64 {number}, ptr {dst})")
+
+    def _block_rows(self, fn: Fn, block: str) -> tuple[str, str]:
+        """First row and number of rows of row block ``block``: the first ``extra`` blocks have one row more."""
+        first = fn.iadd(fn.imul(block, self.base), fn.imin(block, self.extra) if self.extra else "0")
+        if not self.extra:
+            return first, str(self.base)
+        more = fn.op(f"icmp slt i64 {block}, {self.extra}")
+        return first, fn.op(f"select i1 {more}, i64 {self.base + 1}, i64 {self.base}")
+
+    # -- main stage -----------------------------------------------------------------------------------------------------
+    def _blocking(self) -> tuple[int, int]:
+        """Row blocks and panels per task."""
+        p, t = self.p, self.tile
+        mb, nb = min(self.blocks, max(1, 96 // t.mr)), min(self.panels, max(1, 128 // t.nr))
+        batch = math.prod(p.batch)
+        flops = 2.0 * batch * p.m * p.n * p.k
+        wanted = min(24, max(1, int(flops / 400_000)))
+        while batch * -(-self.blocks // mb) * -(-self.panels // nb) < wanted and (mb > 1 or nb > 1):
+            if nb * t.nr >= mb * t.mr and nb > 1:
+                nb = -(-nb // 2)
+            elif mb > 1:
+                mb = -(-mb // 2)
+            else:
+                nb = -(-nb // 2)
+        # even out the last task of a row or column of tasks
+        mb = -(-self.blocks // -(-self.blocks // mb))
+        nb = -(-self.panels // -(-self.panels // nb))
+        return mb, nb
+
+    def compile(self) -> Compiled:
+        """Emit everything."""
+        p, t = self.p, self.tile
+        pack_a, pack_b = self._decide_packing()
+        if pack_b:
+            self._pack_stage(p.b, t.nr, self.panels, "pb", rows=False)
+        if pack_a:
+            self._pack_stage(p.a, t.mr, self.blocks, "pa", rows=True)
+        self._main()
+        self.stages[-1].after = list(range(len(self.stages) - 1))
+        return Compiled(self.stages, self.temps)
+
+    def _main(self) -> None:
+        p, t = self.p, self.tile
+        mb, nb = self._blocking()
+        mt, nt = -(-self.blocks // mb), -(-self.panels // nb)
+        batch = math.prod(p.batch)
+        tail = p.n % t.nr
+        count = len(self.local.buffers)
+        chunks = -(-p.k // KC_MAX)
+        kc = -(-p.k // chunks)
+        tile_bytes = t.mr * t.nr * t.bytes
+        acc_bytes = tile_bytes * (mb * nb if chunks > 1 else 1)
+        tail_panel = bool(p.b.packed is None and tail and tail % t.lanes)
+        scratch = acc_bytes + (p.k * t.nr * t.bytes + 256 if tail_panel else 0)
+        outer = list(range(len(p.batch)))
+        m_axis, n_axis = len(outer), len(outer) + 1
+        epi_full = emit_epilogue(self.module, self.local, f"{self.name}_e", t, outer, m_axis, n_axis, t.nr) if p.n >= t.nr else ""
+        epi_tail = emit_epilogue(self.module, self.local, f"{self.name}_f", t, outer, m_axis, n_axis, tail) if tail else ""
+        temps = [x for x in (p.a.packed, p.b.packed) if x is not None]
+        params = [f"ptr %arg{i}" for i in range(len(self.buffers))] + [f"ptr %p{x}" for x in temps]
+        fn = Fn(self.module, f"{self.name}_mm", ", ".join([*params, "i64 %lo", "i64 %hi", "ptr %scr"]))
+        buffers = [f"%arg{i}" for i in range(count)]
+
+        with fn.loop("%lo", "%hi") as task:
+            rest = task
+            nblock = fn.op(f"urem i64 {rest}, {nt}") if nt > 1 else "0"
+            rest = fn.op(f"udiv i64 {rest}, {nt}") if nt > 1 else rest
+            mblock = fn.op(f"urem i64 {rest}, {mt}") if mt > 1 else "0"
+            rest = fn.op(f"udiv i64 {rest}, {mt}") if mt > 1 else rest
+            index: list[str] = []
+            for axis in reversed(range(len(p.batch))):
+                at = rest if axis == 0 else fn.op(f"urem i64 {rest}, {p.batch[axis]}")
+                rest = rest if axis == 0 else fn.op(f"udiv i64 {rest}, {p.batch[axis]}")
+                index.insert(0, at)
+            a = self._base(fn, p.a, index, t.mr * self.blocks)
+            b = self._base(fn, p.b, index, t.nr * self.panels)
+            if tail_panel:
+                panel = fn.gep("%scr", acc_bytes, "i8")
+                last = fn.op(f"icmp eq i64 {nblock}, {nt - 1}") if nt > 1 else "true"
+                with fn.when(last):
+                    name = pack(self.module, t.ty, t.ty, t.lanes, t.nr)
+                    src = fn.gep(b, fn.imul(p.n - tail, p.b.free), t.ty)
+                    fn.emit(f"call void @{name}(ptr {src}, i64 {p.b.k}, i64 {p.b.free}, i64 {p.k}, i64 {tail}, ptr {panel})")
+            first_panel = fn.imul(nblock, nb)
+            last_panel = fn.imin(fn.iadd(first_panel, nb), self.panels) if nt > 1 else str(self.panels)
+            first_block = fn.imul(mblock, mb)
+            last_block = fn.imin(fn.iadd(first_block, mb), self.blocks) if mt > 1 else str(self.blocks)
+
+            def run_blocks(pn: str, width: int, k0: str, kn: str, add: str, epilogue: str | None) -> None:
+                n0 = fn.imul(pn, t.nr)
+                vectors = -(-width // t.lanes)
+                in_scratch = width != t.nr and tail_panel
+                if p.b.packed is not None:
+                    bp = fn.gep(b, fn.iadd(fn.imul(pn, p.k * t.nr), fn.imul(k0, t.nr)), t.ty)
+                    bs = t.nr
+                elif in_scratch:
+                    bp, bs = fn.gep(panel, fn.imul(k0, t.nr), t.ty), t.nr
+                else:
+                    bp, bs = fn.gep(b, fn.iadd(n0, fn.imul(k0, p.b.k)), t.ty), p.b.k
+
+                def run(low: str, high: str, rows: int) -> None:
+                    if rows == 0:
+                        return
+                    mk = micro_kernel(self.module, t, rows, vectors)
+                    with fn.loop(low, high) as block:
+                        if p.a.packed is not None:
+                            ap = fn.gep(a, fn.iadd(fn.imul(block, p.k * t.mr), fn.imul(k0, t.mr)), t.ty)
+                            rs, ks = 1, t.mr
+                            m0 = self._block_rows(fn, block)[0]
+                        else:
+                            m0 = self._block_rows(fn, block)[0]
+                            ap = fn.gep(a, fn.iadd(fn.imul(m0, p.a.free), fn.imul(k0, p.a.k)), t.ty)
+                            rs, ks = p.a.free, p.a.k
+                        out = "%scr"
+                        if chunks > 1:
+                            local = fn.iadd(fn.imul(fn.op(f"sub i64 {pn}, {first_panel}"), mb), fn.op(f"sub i64 {block}, {first_block}"))
+                            out = fn.gep("%scr", fn.imul(local, tile_bytes), "i8")
+                        fn.emit(
+                            f"call void @{mk}(ptr {ap}, i64 {rs}, i64 {ks}, ptr {bp}, i64 {bs}, i64 {kn}, ptr {out}, i64 {add})"
+                        )
+                        if epilogue:
+                            args = [f"ptr {x}" for x in buffers] + [f"i64 {x}" for x in index]
+                            args += [f"i64 {m0}", f"i64 {rows}", f"i64 {n0}", f"ptr {out}"]
+                            fn.emit(f"call void @{epilogue}({', '.join(args)})")
+
+                if self.extra:
+                    run(first_block, fn.imin(last_block, self.extra), self.base + 1)
+                    low = fn.op(f"call i64 @llvm.smax.i64(i64 {first_block}, i64 {self.extra})")
+                    self.module.declare("declare i64 @llvm.smax.i64(i64, i64)")
+                    run(low, last_block, self.base)
+                else:
+                    run(first_block, last_block, self.base)
+
+            def run_panels(k0: str, kn: str, add: str, final: bool) -> None:
+                full = self.panels - (1 if tail else 0)
+                if full:
+                    with fn.loop(first_panel, fn.imin(last_panel, full)) as pn:
+                        run_blocks(pn, t.nr, k0, kn, add, epi_full if final else None)
+                if tail:
+                    ends = fn.op(f"icmp eq i64 {last_panel}, {self.panels}") if nt > 1 else "true"
+                    with fn.when(ends):
+                        run_blocks(str(self.panels - 1), tail, k0, kn, add, epi_tail if final else None)
+
+            if chunks == 1:
+                run_panels("0", str(p.k), "0", True)
+            else:
+                with fn.loop(0, (chunks - 1) * kc, kc) as k0:
+                    add = fn.op(f"zext i1 {fn.op(f'icmp ne i64 {k0}, 0')} to i64")
+                    run_panels(k0, str(kc), add, False)
+                run_panels(str((chunks - 1) * kc), str(p.k - (chunks - 1) * kc), "1", True)
+        fn.finish()
+        tasks = batch * mt * nt
+        flops = 2.0 * batch * p.m * p.n * p.k
+        cost = flops / (2 * t.lanes * 2) * 0.5 + batch * p.m * p.n * body_cost(self.local) * 0.4 / t.lanes
+        pointers = [*range(len(self.buffers)), *(~x for x in temps)]
+        self.stages.append(Stage(fn.name, pointers, tasks, cost, scratch))
+
+    def _base(self, fn: Fn, op: Operand, index: Sequence[str], rows: int) -> str:
+        """Address of an operand (or of its packed copy) at the current batch index."""
+        t, p = self.tile, self.p
+        if op.packed is None:
+            offset: str = str(op.offset)
+            for at, stride in zip(index, op.batch):
+                offset = fn.iadd(offset, fn.imul(at, stride))
+            return fn.gep(f"%arg{op.buffer}", offset, t.ty)
+        number = "0"
+        for at, size, stride in zip(index, p.batch, op.batch):
+            if stride:
+                number = fn.iadd(fn.imul(number, size), at)
+        return fn.gep(f"%p{op.packed}", fn.imul(number, rows * p.k), t.ty)
+
+
+def compile_contract(
+    module: Module, c: Contract, dtype_of: Callable[[int], np.dtype], name: str
+) -> tuple[Compiled, list[int]]:
+    """Emit a contraction; returns its stages and the program buffers behind their local numbers."""
+    g = GemmCompiler(module, c, dtype_of, name)
+    return g.compile(), g.buffers
