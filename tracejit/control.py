@@ -16,6 +16,7 @@ import optree
 
 from tracejit.dtypes import BOOL, WEAK_DTYPES, DType, canonical
 from tracejit.errors import DTypeError, ShapeError, TracingError, describe
+from tracejit.functions.promotion import shape_of
 from tracejit.graph import Graph, GraphBuilder, Node, inline
 from tracejit.ops import control as ops
 from tracejit.ops import registry
@@ -192,7 +193,7 @@ def cond(pred: Any, true_fn: Callable[..., Any], false_fn: Callable[..., Any], *
     for fn in (true_fn, false_fn):
         if not callable(fn):
             raise TracingError.make(f"the branches must be functions, got {describe(fn)}", op="cond")
-    if np.shape(pred) != ():
+    if shape_of(pred, "cond") != ():
         raise ShapeError.make(
             "the condition must be a scalar",
             op="cond",
@@ -300,7 +301,7 @@ def _as_carry(leaf: Any, aval: _Aval) -> Any:
         return leaf if leaf.dtype == aval.dtype else registry.get("convert")(leaf, dtype=aval.dtype)
     if is_arraylike(leaf):
         return leaf
-    return np.asarray(leaf, aval.dtype)
+    return aval.dtype.type(leaf)
 
 
 def _check_same(op: str, before: Any, after: Any) -> None:
@@ -354,7 +355,7 @@ def while_loop(cond_fn: Callable[[Any], Any], body_fn: Callable[[Any], Any], ini
 
 
 def _truth(value: Any) -> bool:
-    if np.shape(value) != ():
+    if shape_of(value, "while_loop") != ():
         raise TracingError.make(
             "the condition must return one boolean scalar", op="while_loop", got={"result": value}
         )
@@ -479,7 +480,9 @@ def print(fmt: str, *values: Any) -> None:
             f"the format must be a string, got {describe(fmt)}", op="print", hint='tj.print("{}", x)'
         )
     try:
-        ops.format_message(fmt, [np.zeros(np.shape(v), getattr(v, "dtype", type(v))) for v in values])
+        ops.format_message(
+            fmt, [np.zeros(a.shape, a.dtype) for a in (_aval(v, "print", "values") for v in values)]
+        )
     except (IndexError, ValueError, TypeError) as error:
         raise TracingError.make(
             f"the format {fmt!r} does not fit {len(values)} values: {error}", op="print"
