@@ -91,6 +91,7 @@ class Session:
         self._offset = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
         self._covered = np.array([n for k in self.kernels for n in k.nodes], np.int64)
         self.steps: list[Step] = []
+        self.keep = KEEP_STEPS
         self.total_steps = 0
         self.loss_steps: list[int] = []
         self.loss: list[float] = []
@@ -128,7 +129,7 @@ class Session:
             self.rate = now if not self.rate else 0.85 * self.rate + 0.15 * now
         self._last_begin = (step.begin, step.step)
         self.steps.append(step)
-        if len(self.steps) > KEEP_STEPS:  # thin: the recent half stays whole, the older half loses every other step
+        if len(self.steps) > self.keep:  # thin: the recent half stays whole, the older half loses every other step
             half = len(self.steps) // 2
             self.steps[:half] = self.steps[:half:2]
         if step.loss is not None:
@@ -160,6 +161,11 @@ class Session:
         n = len(self.model.nodes)
         start = np.full(n, np.inf)
         end = np.full(n, -np.inf)
+        if step.nan_node is not None and not len(step.kernels):  # checked node by node, stopped at the bad one
+            before = np.arange(n) < step.nan_node
+            start[before] = end[before] = 0.0
+            start[~before] = end[~before] = np.inf
+            return start, end
         slots = np.array([self.slot.get(int(k), -1) for k in step.kernels], np.int64)
         ok = slots >= 0
         slots, s, e = slots[ok], step.start[ok].astype(float), step.end[ok].astype(float)

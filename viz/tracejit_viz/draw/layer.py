@@ -353,7 +353,7 @@ class GraphLayer:
             note = time_text(seconds) if seconds > 0 else ""
             note_w = self.fonts.width(note, round(px * 0.85), MONO, REGULAR) if note else 0
             title = self.fonts.fit(cell.title, round(px), room - note_w - (10 if note else 0), UI, SEMIBOLD)
-            if len(title) < min(3, len(cell.title)):
+            if title != cell.title:
                 title, note = self.fonts.fit(cell.title, round(px), room, UI, SEMIBOLD), ""
             cy = y + min(head * z * 0.6, 22.0)
             if cell.rect[3] * z > 16 and (len(title) > 2 or title == cell.title):

@@ -193,10 +193,10 @@ class Overlay:
         t = np.linspace(0, 1, 2 * n)[:, None]
         u = 1 - t
         pts = u**3 * p0 + 3 * u * u * t * p1 + 3 * u * t * t * p2 + t**3 * p3
-        for i in range(0, 2 * n - 2, 4):
-            ribbon(screen, pts[i : i + 3], ACCENT, 2.0)
-        for x, y in (p0, p3):
-            pygame.draw.circle(screen, ACCENT, (float(x), float(y)), 2.5)
+        at = np.concatenate([[0.0], np.cumsum(np.hypot(*np.diff(pts, axis=0).T))])
+        for d in np.arange(0.0, at[-1], 9.0):
+            f = np.array([d, d + 2.5, d + 5.0])
+            ribbon(screen, np.stack([np.interp(f, at, pts[:, 0]), np.interp(f, at, pts[:, 1])], 1), ACCENT, 1.8)
 
     def alarm(self, screen: pygame.Surface, scene: Scene, item: int, camera: Camera, view: pygame.Rect, clock: float) -> None:
         """A pulsing red frame: the first non-finite value."""

@@ -5,6 +5,7 @@ Holds no event handling: it draws a :class:`UiState` and a :class:`Scene`, and c
 
 from __future__ import annotations
 
+import numpy as np
 import pygame
 
 from ..camera import Camera
@@ -168,17 +169,14 @@ class Window:
         if step is None or s is None:
             return []
         out: list[tuple[int, str]] = []
-        for k in range(len(step.kernels)):
-            if step.start[k] <= ui.t < step.end[k]:
-                slot = s.slot.get(int(step.kernels[k]))
-                if slot is None:
-                    continue
-                for v in reversed(s.kernels[slot].nodes):
-                    i = scene.item_of(v)
-                    if i is not None and not scene.model.nodes[v].is_source:
-                        out.append((i, time_text(float(step.end[k] - step.start[k]) * 1e-9)))
-                        break
-                if len(out) == 3:
+        for k in np.flatnonzero((step.start <= ui.t) & (ui.t < step.end))[:3]:
+            slot = s.slot.get(int(step.kernels[k]))
+            if slot is None:
+                continue
+            for v in reversed(s.kernels[slot].nodes):
+                i = scene.item_of(v)
+                if i is not None and not scene.model.nodes[v].is_source:
+                    out.append((i, time_text(float(step.end[k] - step.start[k]) * 1e-9)))
                     break
         return out
 

@@ -206,7 +206,6 @@ def layout_page(
     edges: Sequence[tuple[int, int]],
     *,
     phases: Sequence[str] = STAVES,
-    aspect: float = 1.85,
     view: tuple[float, float] = (1560.0, 830.0),
     cache: LayoutCache | None = None,
     titles: Mapping[Path, str] | None = None,
@@ -231,33 +230,77 @@ def layout_page(
             inner[page.column_of[a], ca.phase].append((a, b))
         else:
             crossing.append((a, b))
-    solved: dict[tuple[Path, str], CompoundLayout] = {}
-    for key, group in members.items():
-        column, phase = key
-        if phase == "optimizer":
-            solved[key] = _shelf(group, inner[key], cache)
-            continue
-        scopes = {c.index: (c.path[len(column) :] if c.path[: len(column)] == column else ()) for c in group}
-        sizes = {c.index: (c.width, c.height) for c in group}
-        solved[key] = compound(scopes, sizes, inner[key], cache=cache, mirrored=phase == "gradient")
-    used = [p for p in STAVES if any(k[1] == p for k in solved)]
-    columns = [c for c in columns if any((c, p) in solved for p in used)]
-    head = 28.0
-    systems: list[list[_Stack]] = []
-    for _ in range(3):  # titles keep their size on the screen, so their room grows as the page is scaled down
-        page.head = head
-        systems, scale = _pack(columns, solved, used, page, view)
-        head = min(170.0, max(28.0, 20.0 / max(scale, 1e-6)))
-        page.stave_gap = min(330.0, max(STAVE_GAP, 34.0 / max(scale, 1e-6)))
-    _place_systems(page, systems, solved, members, used, titles or {})
+    best: tuple[float, _Plan] | None = None
+    for aspect in (1.1, 2.2) if len(cards) <= 900 else (1.1,):
+        plan = _plan(page, columns, members, inner, cache, view, aspect)
+        if best is None or plan.scale > best[0] * 1.04:
+            best = (plan.scale, plan)
+        if plan.width_bound:
+            break  # wider cells would only make the page smaller
+    assert best is not None
+    plan = best[1]
+    solved, used, systems = plan.solved, plan.used, plan.systems
+    page.head, page.stave_gap = plan.head, plan.stave_gap
+    _place_systems(page, systems, solved, members, used, titles or {}, view)
     for a, b in crossing:
         page.paths[a, b] = [len(page.wires)]
         page.wires.append(_sweep(page, index[a], index[b]))
     return page
 
 
-def _shelf(group: Sequence[Card], edges: list[tuple[int, int]], cache: LayoutCache) -> CompoundLayout:
-    """Optimiser cells: many small independent pieces, packed in rows."""
+@dataclass(slots=True)
+class _Plan:
+    """One way to lay out the page, with the scale at which it fits the view."""
+
+    solved: dict[tuple[Path, str], CompoundLayout]
+    used: list[str]
+    systems: list[list[_Stack]]
+    scale: float
+    head: float
+    stave_gap: float
+    width_bound: bool
+
+
+def _plan(
+    page: Page,
+    columns: list[Path],
+    members: Mapping[tuple[Path, str], list[Card]],
+    inner: Mapping[tuple[Path, str], list[tuple[int, int]]],
+    cache: LayoutCache,
+    view: tuple[float, float],
+    aspect: float,
+) -> _Plan:
+    solved: dict[tuple[Path, str], CompoundLayout] = {}
+    for key, group in members.items():
+        column, phase = key
+        if phase != "optimizer":
+            scopes = {c.index: (c.path[len(column) :] if c.path[: len(column)] == column else ()) for c in group}
+            sizes = {c.index: (c.width, c.height) for c in group}
+            edges = inner.get(key, [])
+            solved[key] = compound(scopes, sizes, edges, cache=cache, mirrored=phase == "gradient", aspect=aspect)
+    for key, group in members.items():
+        column, phase = key
+        if phase == "optimizer":
+            room = max((solved[column, p].width for p in STAVES[:2] if (column, p) in solved), default=0.0)
+            solved[key] = _shelf(group, inner.get(key, []), cache, room)
+    used = [p for p in STAVES if any(k[1] == p for k in solved)]
+    columns = [c for c in columns if any((c, p) in solved for p in used)]
+    page.head, page.stave_gap = 28.0, STAVE_GAP
+    systems: list[list[_Stack]] = []
+    scale = 1.0
+    for _ in range(3):  # titles keep their size on the screen, so their room grows as the page is scaled down
+        systems, scale = _pack(columns, solved, used, page, view)
+        head, gap = page.head, page.stave_gap
+        page.head = min(170.0, max(28.0, 20.0 / max(scale, 1e-6)))
+        page.stave_gap = min(330.0, max(STAVE_GAP, 34.0 / max(scale, 1e-6)))
+    w = max(sum(s.width for s in sys) + COLUMN_GAP * (len(sys) - 1) for sys in systems)
+    return _Plan(solved, used, systems, scale, head, gap, (w + 60) * scale >= 0.98 * view[0])
+
+
+def _shelf(
+    group: Sequence[Card], edges: list[tuple[int, int]], cache: LayoutCache, room: float = 0.0
+) -> CompoundLayout:
+    """Optimiser cells: many small independent pieces, packed in rows about as wide as the cells above them."""
     parent = {c.index: c.index for c in group}
 
     def find(v: int) -> int:
@@ -288,7 +331,7 @@ def _shelf(group: Sequence[Card], edges: list[tuple[int, int]], cache: LayoutCac
         )
     gap = 14.0
     area = sum((p.width + gap) * (p.height + gap) for p in pieces)
-    limit = max(math.sqrt(area) * 1.5, max(p.width for p in pieces))
+    limit = max(math.sqrt(area) * 1.5, max(p.width for p in pieces), room)
     order = sorted(range(len(pieces)), key=lambda k: (-round(pieces[k].height), k))
     out = CompoundLayout({}, {}, [], {}, {(): "TB"}, 0.0, 0.0)
     x = y = row = 0.0
@@ -386,19 +429,30 @@ def _place_systems(
     members: dict[tuple[Path, str], list[Card]],
     used: list[str],
     titles: Mapping[Path, str],
+    view: tuple[float, float],
 ) -> None:
     page.width = max(sum(s.width for s in sys) + COLUMN_GAP * (len(sys) - 1) for sys in systems)
-    y = 0.0
     head = page.head
+    tall = sum(sum(max(s.heights[p] for s in sys) for p in used) + page.stave_gap * len(used) for sys in systems)
+    tall += SYSTEM_GAP * (len(systems) - 1)
+    wanted = tall * view[0] / max(1.0, view[1])  # stretch, within reason, to the shape of the window
+    grow = 1.0
+    if page.width < wanted:
+        page.width = min(wanted, page.width * 1.4)
+    else:
+        bands = sum(sum(max(s.heights[p] for s in sys) for p in used) for sys in systems)
+        spare = page.width * view[1] / max(1.0, view[0]) - tall
+        grow = min(1.35, 1.0 + max(0.0, spare) / max(1.0, bands))
+    y = 0.0
     for number, system in enumerate(systems):
         natural = sum(s.width for s in system) + COLUMN_GAP * (len(system) - 1)
         slack = (page.width - natural) / len(system) if natural > 0.72 * page.width else 0.0
         spans = _spans(system)
         if spans:
-            y += head * 0.9
+            y += head * 0.8
         top_of_system = y
         for phase in used:
-            band = max((s.heights[phase] for s in system), default=0.0)
+            band = max((s.heights[phase] for s in system), default=0.0) * grow
             if not band:
                 continue
             y += page.stave_gap * (0.5 if y == top_of_system else 0.7)
@@ -420,7 +474,7 @@ def _place_systems(
         for title, first, last in spans:
             x0 = sum(s.width + slack + COLUMN_GAP for s in system[:first])
             x1 = sum(s.width + slack + COLUMN_GAP for s in system[: last + 1]) - COLUMN_GAP
-            page.spans.append((title, (x0, top_of_system - head * 0.55, x1 - x0, head * 0.5)))
+            page.spans.append((title, (x0, top_of_system - head * 0.75, x1 - x0, head * 0.5)))
         y += SYSTEM_GAP
     page.height = y - SYSTEM_GAP
 

@@ -1,0 +1,324 @@
+"""The training side: an observer that hands steps to the viewer's window and never holds up the program.
+
+One non-blocking send per shown step from a preallocated batch, at most sixty a second; a full pipe drops the step. A
+viewer that is closed, killed or was never there only means that nothing is shown. Made by
+``tracejit_viz.viewer.watch_observer``.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import os
+import socket
+import subprocess
+import sys
+import threading
+import time
+import warnings
+from collections import deque
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from . import place, wire
+from .errors import NoDisplayError
+from .values import summarize
+
+if TYPE_CHECKING:
+    from tracejit.events import CompileEvent, KernelInfo, StepEvent
+
+MAX_RATE = 60.0  # step frames per second
+RETRY = 0.05  # seconds between attempts to connect
+POLL = 0.05  # seconds between looks for requests
+GIVE_UP = 15.0  # seconds to wait for a viewer that was started
+EXIT_WAIT = 6.0  # seconds granted at exit to hand over the last step
+QUEUE_LIMIT = 64 << 20
+
+
+def has_display() -> bool:
+    """Whether a window can be opened: always tried on macOS and Windows, a display server needed elsewhere."""
+    if os.environ.get("SDL_VIDEODRIVER"):
+        return True
+    if sys.platform in ("win32", "darwin"):
+        return True
+    return bool(os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY"))
+
+
+def start_viewer(directory: Path) -> subprocess.Popen[bytes]:
+    """Start the window's process. Raises :class:`NoDisplayError` when there is no screen for it."""
+    if not has_display():
+        raise NoDisplayError(
+            "no display for the viewer: set DISPLAY, or record instead with tj.watch(record='run.tjrec') "
+            "and look later: tracejit view run.tjrec, or tracejit export run.tjrec out.png"
+        )
+    env = dict(os.environ)
+    roots = [str(Path(__file__).resolve().parent.parent)]
+    roots += [p for p in sys.path if p and Path(p, "tracejit").is_dir()]
+    env["PYTHONPATH"] = os.pathsep.join(dict.fromkeys([*roots, *env.get("PYTHONPATH", "").split(os.pathsep)])).strip(os.pathsep)
+    env["TRACEJIT_VIEWER_DIR"] = str(directory)
+    log = open(directory / "viewer.log", "wb")  # noqa: SIM115 - handed to the child
+    try:
+        flags = {"creationflags": 0x00000208} if os.name == "nt" else {"start_new_session": True}
+        return subprocess.Popen(
+            [sys.executable, "-m", "tracejit_viz.live"],
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            env=env,
+            **flags,  # type: ignore[arg-type]
+        )
+    finally:
+        log.close()
+
+
+class LiveObserver:
+    """Sends the event stream of this process to the viewer. Implements :class:`tracejit.events.Observer`."""
+
+    def __init__(self, directory: Path | None = None, *, spawn: bool = True) -> None:
+        self.directory = directory or place.meeting_dir()
+        self.sent = 0
+        self.dropped = 0
+        self._encoder = wire.StepEncoder()
+        self._queue: deque[memoryview] = deque()
+        self._queued = 0
+        self._socket: socket.socket | None = None
+        self._process: subprocess.Popen[bytes] | None = None
+        self._reader = wire.FrameReader()
+        self._wanted: dict[int, set[int]] = {}
+        self._kernels: dict[int, dict[int, KernelInfo]] = {}
+        self._asked_source: list[tuple[int, int]] = []
+        self._known: set[int] = set()
+        self._next_try = self._next_step = self._next_poll = 0.0
+        self._skipped: dict[int, int] = {}
+        self._held: StepEvent | None = None
+        self._dead = False
+        self._pid = os.getpid()
+        self._lock = threading.Lock()
+        self._deadline = time.monotonic() + GIVE_UP
+        self._queue_bytes(wire.pack(wire.HELLO, self._hello()))
+        self._try_connect()
+        if self._socket is None and spawn:
+            try:
+                self._process = start_viewer(self.directory)
+            except (NoDisplayError, OSError) as error:
+                self._give_up(str(error))
+        atexit.register(self.close)
+
+    def _hello(self) -> dict[str, object]:
+        return {
+            "wire": wire.VERSION,
+            "pid": os.getpid(),
+            "title": Path(sys.argv[0]).name if sys.argv and sys.argv[0] else "python",
+            "time": time.time(),
+            "token": place.token(self.directory),
+        }
+
+    @property
+    def alive(self) -> bool:
+        """False once the viewer is gone for good; the observer is then a few nanoseconds of nothing."""
+        return not self._dead and self._pid == os.getpid()
+
+    # -- the observer protocol ---------------------------------------------------------------------------------------
+    def on_compile(self, event: CompileEvent) -> None:
+        """Send a program's graph (kept until it is delivered; kernel code only when asked for)."""
+        if not self.alive:
+            return
+        with self._lock:
+            self._kernels[event.program] = {k.id: k for k in event.kernels}
+            if event.program not in self._known:
+                self._known.add(event.program)
+                self._queue_bytes(wire.compile_frame(event, with_source=False))
+            self._pump()
+
+    def on_step(self, event: StepEvent) -> None:
+        """Send a step if it is time for one and the pipe has room; otherwise count it."""
+        if self._dead:
+            return
+        now = time.monotonic()
+        urgent = event.nan_node is not None or bool(event.values)
+        if now < self._next_step and not urgent:
+            self._held = event
+            self._skipped[event.program] = self._skipped.get(event.program, 0) + 1
+            return
+        if not self.alive or not self._lock.acquire(blocking=False):
+            return
+        try:
+            self._next_step = now + 1.0 / MAX_RATE
+            self._held = event
+            for node, array in event.values.items():
+                self._wanted.get(event.program, set()).discard(node)
+                self._queue_bytes(wire.values_frame(event.program, node, summarize(array, event.step)))
+            if not self._pump() and not urgent:
+                self.dropped += 1
+                self._skipped[event.program] = self._skipped.get(event.program, 0) + 1
+                return
+            self._send_step(event)
+        finally:
+            self._lock.release()
+
+    def wanted(self, program: int) -> Sequence[int]:
+        """Nodes the viewer asked for; looks at the socket a few times a second."""
+        now = time.monotonic()
+        if now >= self._next_poll and self.alive:
+            self._next_poll = now + POLL
+            if self._lock.acquire(blocking=False):
+                try:
+                    self._receive()
+                finally:
+                    self._lock.release()
+        asked = self._wanted.get(program)
+        return tuple(asked) if asked else ()
+
+    def close(self) -> None:
+        """Hand over what is queued and the last step, waiting a moment for a viewer that is still starting."""
+        if not self.alive:
+            return
+        with self._lock:
+            if self._held is not None:
+                self._queue_bytes(bytes(self._encoder.encode(self._held, self._skipped.get(self._held.program, 0))))
+                self._held = None
+            self._queue_bytes(wire.pack(wire.BYE))
+            end = time.monotonic() + EXIT_WAIT
+            while not self._dead and not self._pump() and time.monotonic() < end:
+                time.sleep(0.01)
+            self._disconnect()
+            self._dead = True
+
+    # -- plumbing ----------------------------------------------------------------------------------------------------
+    def _send_step(self, event: StepEvent) -> None:
+        frame = self._encoder.encode(event, self._skipped.pop(event.program, 0))
+        if self._socket is None or self._queue:
+            if event.nan_node is not None:
+                self._queue_bytes(bytes(frame))
+            else:
+                self.dropped += 1
+            return
+        try:
+            n = self._socket.send(frame)
+        except BlockingIOError:
+            self.dropped += 1
+            return
+        except OSError:
+            self._lost()
+            return
+        self.sent += 1
+        self._held = None
+        if n < len(frame):  # the rest must follow before anything else
+            self._queue.appendleft(memoryview(bytes(frame[n:])))
+            self._queued += len(frame) - n
+
+    def _queue_bytes(self, data: bytes) -> None:
+        self._queue.append(memoryview(data))
+        self._queued += len(data)
+        if self._queued > QUEUE_LIMIT:
+            self._give_up("the viewer does not read; stopped watching")
+
+    def _pump(self) -> bool:
+        """Send queued bytes as far as they go; True when nothing is left."""
+        if self._dead:
+            return False
+        if self._socket is None:
+            self._try_connect()
+            if self._socket is None:
+                return False
+        while self._queue:
+            part = self._queue[0]
+            try:
+                n = self._socket.send(part)
+            except BlockingIOError:
+                return False
+            except OSError:
+                self._lost()
+                return False
+            self._queued -= n
+            if n == len(part):
+                self._queue.popleft()
+            else:
+                self._queue[0] = part[n:]
+        return True
+
+    def _try_connect(self) -> None:
+        now = time.monotonic()
+        if now < self._next_try:
+            return
+        self._next_try = now + RETRY
+        s = place.connect(self.directory)
+        if s is not None:
+            s.setblocking(False)
+            with contextlib.suppress(OSError):
+                s.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4 << 20)
+            self._socket = s
+            if not place.use_unix() and self._queue:  # the token exists only once the viewer listens
+                hello = wire.pack(wire.HELLO, self._hello())
+                self._queued += len(hello) - len(self._queue[0])
+                self._queue[0] = memoryview(hello)
+            return
+        if self._process is not None and self._process.poll() not in (None, 0):
+            self._give_up(f"the viewer could not start: {self._log_tail()}")
+        elif now > self._deadline:
+            self._give_up("the viewer did not answer; training goes on without it")
+
+    def _log_tail(self) -> str:
+        try:
+            lines = (self.directory / "viewer.log").read_text(errors="replace").strip().splitlines()
+        except OSError:
+            lines = []
+        return lines[-1] if lines else f"exit code {self._process.returncode if self._process else '?'}"
+
+    def _receive(self) -> None:
+        if self._socket is None:
+            self._pump()
+            return
+        try:
+            data = self._socket.recv(1 << 16)
+        except BlockingIOError:
+            return
+        except OSError:
+            self._lost()
+            return
+        if not data:
+            self._lost()
+            return
+        try:
+            for frame in self._reader.feed(data):
+                self._request(frame)
+        except Exception:
+            self._lost()  # not a viewer we understand
+
+    def _request(self, frame: wire.Frame) -> None:
+        if frame.kind != wire.WANT:
+            return
+        program = int(frame.header.get("program", -1))
+        if "kernel" in frame.header:
+            k = self._kernels.get(program, {}).get(int(frame.header["kernel"]))
+            text = ""
+            if k is not None and k.source is not None:
+                try:
+                    text = k.source()
+                except Exception as error:
+                    text = f"(no source: {error})"
+            self._queue_bytes(
+                wire.pack(wire.SOURCE, {"program": program, "kernel": int(frame.header["kernel"]), "source": text})
+            )
+            self._pump()
+        for node in frame.header.get("nodes", ()):
+            self._wanted.setdefault(program, set()).add(int(node))
+
+    def _lost(self) -> None:
+        """The viewer went away: stop for good, silently. The program is not to notice."""
+        self._disconnect()
+        self._dead = True
+        self._queue.clear()
+        self._wanted.clear()
+        self._held = None
+
+    def _give_up(self, why: str) -> None:
+        self._lost()
+        warnings.warn(f"tracejit viewer: {why}", RuntimeWarning, stacklevel=4)
+
+    def _disconnect(self) -> None:
+        if self._socket is not None:
+            with contextlib.suppress(OSError):
+                self._socket.close()
+            self._socket = None
