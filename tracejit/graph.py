@@ -174,7 +174,11 @@ class GraphBuilder:
             key = (op.name, tuple(ids), tuple(sorted((k, attr_key(v)) for k, v in attrs.items())))
             found = self._unique.get(key)
             if found is not None:
-                if found.grad_of is not None and self.grad_of is None and (like is None or like.grad_of is None):
+                if (
+                    found.grad_of is not None
+                    and self.grad_of is None
+                    and (like is None or like.grad_of is None)
+                ):
                     # The forward program uses it too (a shared constant): it is not a gradient node.
                     object.__setattr__(found, "grad_of", None)
                 return found
@@ -235,7 +239,11 @@ class Graph:
 
     @staticmethod
     def build(
-        name: str, inputs: Sequence[Node], outputs: Sequence[Node], output_names: Sequence[str] = (), effects: Sequence[Node] = ()
+        name: str,
+        inputs: Sequence[Node],
+        outputs: Sequence[Node],
+        output_names: Sequence[str] = (),
+        effects: Sequence[Node] = (),
     ) -> Graph:
         """Collect the nodes that ``outputs`` and ``effects`` need, in a stable topological order, plus all ``inputs``."""
         order: dict[Node, None] = dict.fromkeys(inputs)
@@ -251,7 +259,9 @@ class Graph:
                         stack.append((node.inputs[i], 0))
                 else:
                     order[node] = None
-        names = tuple(output_names) or tuple(f"out{i}" if len(outputs) > 1 else "out" for i in range(len(outputs)))
+        names = tuple(output_names) or tuple(
+            f"out{i}" if len(outputs) > 1 else "out" for i in range(len(outputs))
+        )
         return Graph(name, tuple(order), tuple(inputs), tuple(outputs), names)
 
     def __post_init__(self) -> None:
@@ -283,8 +293,8 @@ class Graph:
 
     @property
     def effects(self) -> tuple[Node, ...]:
-        """Nodes kept for what they do rather than for their value (``print``)."""
-        return tuple(n for n in self.nodes if "effect" in n.op.traits and n.op.name != "input")
+        """Nodes kept for what they do rather than for their value: ``print``, and control flow that prints."""
+        return tuple(n for n in self.nodes if n.op.name != "input" and _has_effect(n))
 
     def rewrite(self, rule: Callable[[GraphBuilder, Node, tuple[Node, ...]], Node | None]) -> Graph:
         """A new graph with each node replaced by ``rule(builder, node, new_inputs)``; None keeps the node.
@@ -346,9 +356,23 @@ class Graph:
         at = self._index
 
         def node_signature(n: Node) -> Any:
-            attrs = tuple(sorted((k, v._signature() if isinstance(v, Graph) else attr_key(v)) for k, v in n.attrs.items()))
+            attrs = tuple(
+                sorted(
+                    (k, v._signature() if isinstance(v, Graph) else attr_key(v)) for k, v in n.attrs.items()
+                )
+            )
             forward = at.get(n.grad_of) if n.grad_of is not None else None
-            return (n.op.name, tuple(at[i] for i in n.inputs), attrs, n.shape, n.dtype, n.source, n.scope, forward, n.name)
+            return (
+                n.op.name,
+                tuple(at[i] for i in n.inputs),
+                attrs,
+                n.shape,
+                n.dtype,
+                n.source,
+                n.scope,
+                forward,
+                n.name,
+            )
 
         return (
             self.name,
@@ -364,11 +388,15 @@ class Graph:
         for node in self.nodes:
             for i in node.inputs:
                 if i not in seen:
-                    raise GraphError(f"graph {self.name!r}: %{self.id(node)} {node!r} reads a node that comes later or is missing")
+                    raise GraphError(
+                        f"graph {self.name!r}: %{self.id(node)} {node!r} reads a node that comes later or is missing"
+                    )
             seen.add(node)
             if node.op.name == "input":
                 if node not in self.inputs:
-                    raise GraphError(f"graph {self.name!r}: {node!r} is an input node that is not among the inputs")
+                    raise GraphError(
+                        f"graph {self.name!r}: {node!r} is an input node that is not among the inputs"
+                    )
                 continue
             inferred = node.op.infer(*node.inputs, **node.attrs)
             if "multi" in node.op.traits:
@@ -380,32 +408,55 @@ class Graph:
                 raise GraphError(f"graph {self.name!r}: %{self.id(node)} {node!r} should be {expected}")
         for n in (*self.inputs, *self.outputs):
             if n not in seen:
-                raise GraphError(f"graph {self.name!r}: {n!r} is an input or output but not a node of the graph")
+                raise GraphError(
+                    f"graph {self.name!r}: {n!r} is an input or output but not a node of the graph"
+                )
         if len(self.output_names) != len(self.outputs):
-            raise GraphError(f"graph {self.name!r}: {len(self.outputs)} outputs but {len(self.output_names)} names")
+            raise GraphError(
+                f"graph {self.name!r}: {len(self.outputs)} outputs but {len(self.output_names)} names"
+            )
         return self
+
+
+def _has_effect(node: Node) -> bool:
+    return "effect" in node.op.traits or any(isinstance(v, Graph) and v.effects for v in node.attrs.values())
 
 
 def _relink(nodes: Iterable[Node], new: Mapping[Node, Node]) -> None:
     """Point ``grad_of`` of copied nodes at the copied forward nodes, which may have been made after them."""
     for node in nodes:
         copy = new.get(node)
-        if copy is not None and node.grad_of is not None and (copy.grad_of is None or copy.grad_of is node.grad_of):
+        if (
+            copy is not None
+            and node.grad_of is not None
+            and (copy.grad_of is None or copy.grad_of is node.grad_of)
+        ):
             forward = new.get(node.grad_of)
             if forward is not copy:
                 object.__setattr__(copy, "grad_of", forward)
 
 
-def copy_node(builder: GraphBuilder, node: Node, inputs: tuple[Node, ...], mapping: Mapping[Node, Node]) -> Node:
+def copy_node(
+    builder: GraphBuilder, node: Node, inputs: tuple[Node, ...], mapping: Mapping[Node, Node]
+) -> Node:
     """``node`` with new operands in another builder, keeping source, scope and (mapped) forward node."""
     forward = mapping.get(node.grad_of) if node.grad_of is not None else None
     if node.op.name == "input":
         fresh = Node(
-            node.op, (), node.attrs, node.shape, node.dtype, source=node.source, scope=node.scope, name=node.name
+            node.op,
+            (),
+            node.attrs,
+            node.shape,
+            node.dtype,
+            source=node.source,
+            scope=node.scope,
+            name=node.name,
         )
         builder.nodes.append(fresh)
         return fresh
-    return builder.add(node.op, inputs, node.attrs, like=Provenance(node.source, node.scope, forward, node.name))
+    return builder.add(
+        node.op, inputs, node.attrs, like=Provenance(node.source, node.scope, forward, node.name)
+    )
 
 
 @dataclass(frozen=True)
