@@ -294,7 +294,7 @@ class Graph:
     @property
     def effects(self) -> tuple[Node, ...]:
         """Nodes kept for what they do rather than for their value: ``print``, and control flow that prints."""
-        return tuple(n for n in self.nodes if n.op.name != "input" and _has_effect(n))
+        return tuple(n for n in self.nodes if n.op.name != "input" and has_effect(n))
 
     def rewrite(self, rule: Callable[[GraphBuilder, Node, tuple[Node, ...]], Node | None]) -> Graph:
         """A new graph with each node replaced by ``rule(builder, node, new_inputs)``; None keeps the node.
@@ -418,7 +418,8 @@ class Graph:
         return self
 
 
-def _has_effect(node: Node) -> bool:
+def has_effect(node: Node) -> bool:
+    """True for ``print`` and for control flow whose sub-graphs print."""
     return "effect" in node.op.traits or any(isinstance(v, Graph) and v.effects for v in node.attrs.values())
 
 

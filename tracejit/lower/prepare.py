@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from tracejit.dtypes import DType
-from tracejit.graph import TUPLE, Graph
+from tracejit.graph import TUPLE, Graph, has_effect
 from tracejit.lower.values import (
     CONST,
     DOT,
@@ -154,7 +154,7 @@ class Prepared:
             return self.make(name, PROJ, inputs, attrs, shape, dtype, nid)
         if dtype == TUPLE:
             v = self.make(name, OP, inputs, {**attrs, "avals": node.avals}, shape, dtype, nid)
-            if "effect" in node.op.traits:
+            if has_effect(node):
                 self.effects.append(v)
             return v
         if name == "literal":
