@@ -53,7 +53,12 @@ def analyse(values: Sequence[Value], outputs: Sequence[Value], caps: Capabilitie
                 v.epi = v
             continue
         inputs = set(v.inputs)
-        cost = weight(v) + sum(x.cost for x in inputs)
+        # Backends hoist what does not vary along inner axes, so a row's value costs its elements only a share.
+        cost = weight(v) + sum(x.cost * min(1.0, x.size / max(1, v.size)) for x in inputs)
+        v.rows = frozenset().union(*(x.rows for x in inputs))
+        v.reds = frozenset().union(*((frozenset((x,)) if x.kind == REDUCE else x.reds) for x in inputs))
+        if v.op == "broadcast_to" and v.reds and v.size > v.inputs[0].size:
+            v.rows, v.reds = v.rows | v.reds, frozenset()
         leaves: frozenset[Value] | None = frozenset()
         for x in inputs:
             if leaves is None or x.leaves is None:
@@ -69,4 +74,5 @@ def analyse(values: Sequence[Value], outputs: Sequence[Value], caps: Capabilitie
         shared = len(set(v.users)) > 1
         if (kind in (MAP, GENERATOR) and shared and (v.epi is not None or cost > limit)) or v in stored:
             cost, leaves = 0.0, frozenset((v,))
+            v.sure = True
         v.cost, v.leaves = cost, leaves

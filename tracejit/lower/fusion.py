@@ -225,17 +225,21 @@ class Fusion:
                 return False
         if len({c.owner for c in regions}) == 1:
             return True
-        if v.leaves is None:
+        if v.leaves is None or v.sure:
             return False
         if v.size <= _SMALL and v.cost <= _SMALL_COST and len(v.leaves) <= 4 and all(x.size <= _SMALL for x in v.leaves):
             return True
         failing = 0
         big = [x for x in v.leaves if x.size * 2 > v.size and x.kind != CONST]
         for c in regions:
-            extra = sum(x.nbytes for x in big if c not in x.maps)
+            extra = sum(x.nbytes for x in big if not self.pending(c, v, x))
             if not (v.cost <= limit and extra <= 1.25 * v.nbytes) and not (extra == 0 and v.cost <= FREE_FACTOR * limit):
                 failing += 1
         return failing <= 1
+
+    def pending(self, c: Cluster, v: Value, leaf: Value) -> bool:
+        """True if ``c`` reads ``leaf`` whatever happens to ``v``: something else in it, not made from ``v``, needs it."""
+        return c in leaf.maps or any(w.index < v.index and w.leaves is not None and leaf in w.leaves for w in c.reads)
 
     def evaluations(self, c: Cluster, m: Map) -> int:
         """How often a value wanted at ``m`` is computed when backends hoist what inner axes do not change."""
@@ -263,6 +267,10 @@ class Fusion:
             v.maps.setdefault(host, {})[host.domain(v.shape)] = None
         elif v.kind == REDUCE:
             self.join_reduce(host, v)
+        elif host.red is None and host.contract is None and v.kind in (MAP, VIEW):
+            (m,) = v.maps[host]
+            if len(affine.axes_of(m)) < len(host.axes):
+                host.red = self.future_rows(host, v, m)
         v.home = host
         host.reads[v] = None
         self.depends(host, list(v.consumers))
@@ -313,7 +321,42 @@ class Fusion:
         if v.kind in (DOT, OP):
             allowed = self.caps.contract_epilogue if v.kind == DOT else self.caps.conv_epilogue
             return allowed and everywhere and c.red is None and c.contract is None
-        return everywhere or (bool(c.red) and affine.is_bijection(m[0], c.parallel, c.sizes, v.shape))
+        if everywhere:
+            return not c.red or self.same_rows(c, v, m)
+        if c.red:
+            return affine.is_bijection(m[0], c.parallel, c.sizes, v.shape)
+        return self.future_rows(c, v, m) is not None
+
+    def future_rows(self, c: Cluster, v: Value, m: Map) -> list[int] | None:
+        """The axes that ``c`` will reduce once the reduction behind the row value ``v`` joins it, or None."""
+        if c.contract is not None or not v.reds:
+            return None
+        used = affine.axes_of(m)
+        rest = [a for a in c.axes if a not in used]
+        if not rest or not affine.is_bijection(m[0], [a for a in c.axes if a in used], c.sizes, v.shape):
+            return None
+        length = c.points(rest)
+        if any(r.size == v.size and r.inputs[0].size == r.size * length for r in v.reds):
+            return rest if self.row_length_ok(length, v.size) else None
+        return None
+
+    def row_length_ok(self, length: int, rows: int) -> bool:
+        """True if rows of this length may be kept on chip by one worker each."""
+        return length <= self.caps.row_limit and (rows >= _FEW_ROWS or length <= _LONG_ROW)
+
+    def same_rows(self, c: Cluster, v: Value, m: Map) -> bool:
+        """True unless ``v`` depends on reductions of other rows than those of ``c``, which then could not join it."""
+        assert c.red is not None
+        length = c.points(c.red)
+        last = next((e for e in reversed(m[0]) if e[1]), None)
+        inner = last is not None and min(last[1], key=lambda t: t[1])[0] in c.red
+        for r in v.rows:
+            x = r.inputs[0]
+            axes = r.attrs["axes"] if "axes" in r.attrs else (r.attrs["axis"],)
+            wide = [i for i, n in enumerate(x.shape) if n != 1]
+            if x.size // max(1, r.size) != length or (bool(wide) and wide[-1] in axes) != inner:
+                return False
+        return True
 
     def reduce_fits(self, c: Cluster, v: Value, m: Map) -> bool:
         """True if the reduction ``v`` can be a stage of the row pipeline ``c``."""
@@ -328,7 +371,7 @@ class Fusion:
         rest = c.red if c.red is not None else [a for a in c.axes if a not in used]
         if set(used) | set(rest) != set(c.axes) or set(used) & set(rest) or c.points(rest) != length:
             return False
-        return length <= self.caps.row_limit and (v.size >= _FEW_ROWS or length <= _LONG_ROW)
+        return self.row_length_ok(length, v.size)
 
     def join_reduce(self, c: Cluster, v: Value) -> None:
         """Make ``v`` a stage of ``c``."""

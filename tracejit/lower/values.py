@@ -44,7 +44,7 @@ WEIGHTS: Mapping[str, float] = {
     "exp": 8, "exp2": 7, "expm1": 12, "log": 9, "log2": 9, "log10": 9, "log1p": 12,
     "sin": 12, "cos": 12, "tan": 18, "arcsin": 16, "arccos": 16, "arctan": 14, "arctan2": 20,
     "sinh": 16, "cosh": 16, "tanh": 14, "arcsinh": 20, "arccosh": 20, "arctanh": 20, "erf": 18,
-    "random_bits": 90, "take": 3, "take_along_axis": 3,
+    "random_bits": 90, "take": 90, "take_along_axis": 90,
     "reshape": 0, "transpose": 0, "broadcast_to": 0, "slice": 0, "flip": 0, "pad": 1, "concatenate": 1, "iota": 0.5,
     "convert": 0.5, "where": 1, "neg": 0.5, "abs": 0.5,
 }  # fmt: skip
@@ -59,7 +59,8 @@ class Value:
 
     __slots__ = (
         "alias", "attrs", "consumers", "cost", "dtype", "epi", "home", "index", "inputs", "kind", "layout", "leaves",
-        "maps", "nid", "op", "parts", "place", "required", "segments", "shape", "size", "target", "users",
+        "maps", "nid", "op", "parts", "place",
+        "reds", "required", "rows", "segments", "shape", "size", "sure", "target", "users",
     )  # fmt: skip
 
     def __init__(
@@ -85,6 +86,10 @@ class Value:
         self.cost = 0.0
         self.leaves: frozenset[Value] | None = frozenset()
         self.epi: Value | None = None
+        #: Reductions of the same rows (``reds``) and those broadcast into it (``rows``); ``sure``: the analysis expects it to be stored.
+        self.rows: frozenset[Value] = frozenset()
+        self.reds: frozenset[Value] = frozenset()
+        self.sure = False
         #: Memory: ``alias`` shares its elements in row-major order, ``layout`` are wanted strides, ``target`` is
         #: (owner, strides, offset) inside another value, ``place`` the final answer, ``parts`` split-K partial sums.
         self.alias: Value | None = None
