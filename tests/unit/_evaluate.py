@@ -72,7 +72,9 @@ def check(f: Callable[..., Any], *args: Any, rtol: float | None = None) -> None:
     actual = [np.asarray(a) for a in run(f, *args)]
     assert len(actual) == len(wanted)
     for a, w in zip(actual, wanted, strict=True):
-        assert (a.shape, a.dtype) == (w.shape, w.dtype), f"{a.dtype}{a.shape} instead of NumPy's {w.dtype}{w.shape}"
+        assert (a.shape, a.dtype) == (w.shape, w.dtype), (
+            f"{a.dtype}{a.shape} instead of NumPy's {w.dtype}{w.shape}"
+        )
         if w.dtype.kind == "f":
             tolerance = TOLERANCE[w.dtype] if rtol is None else rtol
             np.testing.assert_allclose(a.astype("f8"), w.astype("f8"), rtol=tolerance, atol=tolerance)
@@ -90,9 +92,9 @@ def gradients(f: Callable[..., Any], *args: np.ndarray, seed: np.ndarray | None 
             g = cotangents.get(node)
             if g is None or not node.inputs or node.op.vjp is registry.NONDIFFERENTIABLE:
                 continue
-            for i, c in zip(
-                node.inputs, node.op.vjp(g, known[node], *(known[i] for i in node.inputs), **node.attrs), strict=True
-            ):
+            assert callable(node.op.vjp)
+            operands = [known[i] for i in node.inputs]
+            for i, c in zip(node.inputs, node.op.vjp(g, known[node], *operands, **node.attrs), strict=True):
                 if c is not None:
                     assert (c.shape, c.dtype) == (i.shape, i.dtype), (node, c.shape, c.dtype)
                     cotangents[i] = cotangents[i] + c if i in cotangents else c
@@ -100,7 +102,11 @@ def gradients(f: Callable[..., Any], *args: np.ndarray, seed: np.ndarray | None 
 
 
 def check_gradient(
-    f: Callable[..., Any], *args: np.ndarray, wrt: Sequence[int] | None = None, rtol: float = 1e-6, step: float = 1e-6
+    f: Callable[..., Any],
+    *args: np.ndarray,
+    wrt: Sequence[int] | None = None,
+    rtol: float = 1e-6,
+    step: float = 1e-6,
 ) -> None:
     """The gradient of ``Σ w·f(args)`` equals central differences, for random weights ``w``, in float64."""
     with np.errstate(all="ignore"):

@@ -13,7 +13,9 @@ from tracejit.tensor import Tensor
 X = np.arange(6.0).reshape(2, 3) + 0.5
 
 
-@pytest.mark.parametrize("name", ["add", "multiply", "maximum", "minimum", "fmax", "fmin", "logical_and", "logical_or"])
+@pytest.mark.parametrize(
+    "name", ["add", "multiply", "maximum", "minimum", "fmax", "fmin", "logical_and", "logical_or"]
+)
 def test_reduce(name):
     ufunc = getattr(np, name)
     check(lambda x: ufunc.reduce(x), X)
@@ -42,14 +44,20 @@ def test_accumulate_and_outer():
     "call,message",
     [
         (lambda x: np.subtract.reduce(x), r"np\.subtract\.reduce cannot be traced"),
-        (lambda x: np.maximum.accumulate(x), r"np\.maximum\.accumulate cannot be traced.*np\.add\.accumulate"),
+        (
+            lambda x: np.maximum.accumulate(x),
+            r"np\.maximum\.accumulate cannot be traced.*np\.add\.accumulate",
+        ),
         (lambda x: np.add.reduceat(x, [0, 1]), r"np\.add\.reduceat cannot be traced"),
         (lambda x: np.gcd(x.astype(int), 2), r"np\.gcd cannot be traced"),
         (lambda x: np.unique(x), r"np\.unique cannot be traced: the shape of its result depends on values"),
         (lambda x: np.nonzero(x), r"depends on values"),
         (lambda x: np.linalg.svd(x), r"np\.linalg\.svd cannot be traced"),
         (lambda x: np.fft.fft(x), r"np\.fft\.fft cannot be traced"),
-        (lambda x: np.copyto(np.zeros((2, 3)), x), r"np\.copyto cannot be traced: it writes into its operand"),
+        (
+            lambda x: np.copyto(np.zeros((2, 3)), x),
+            r"np\.copyto cannot be traced: it writes into its operand",
+        ),
         (lambda x: np.nanmedian(x), r"nearest supported function is np\.nanme?an"),
         (lambda x: np.linalg.cond(x), r"np\.linalg\.cond"),
     ],

@@ -66,7 +66,9 @@ def test_common_products_make_one_node():
     for x, y in (((2, 3), (3, 4)), ((5, 2, 3), (3, 4)), ((5, 2, 3), (5, 3, 4)), ((7, 5, 2, 3), (7, 5, 3, 4))):
         _, graph, _ = record(np.matmul, f64(x), f64(y))
         assert [n.op.name for n in graph.nodes if n.inputs] == ["dot_general"]
-    _, graph, _ = record(lambda q, k: np.einsum("bhqd,bhkd->bhqk", q, k), f64((2, 3, 4, 5)), f64((2, 3, 6, 5)))
+    _, graph, _ = record(
+        lambda q, k: np.einsum("bhqd,bhkd->bhqk", q, k), f64((2, 3, 4, 5)), f64((2, 3, 6, 5))
+    )
     assert [n.op.name for n in graph.nodes if n.inputs] == ["dot_general"]
 
 
@@ -77,7 +79,16 @@ def test_float16_products_accumulate_in_float32():
 
 
 @pytest.mark.parametrize(
-    "first,second", [((), (2, 3)), ((2, 3), ()), ((3,), (3,)), ((2, 3), (3,)), ((2, 3), (3, 4)), ((2, 3), (4, 3, 5)), ((4, 2, 3), (3,))]
+    "first,second",
+    [
+        ((), (2, 3)),
+        ((2, 3), ()),
+        ((3,), (3,)),
+        ((2, 3), (3,)),
+        ((2, 3), (3, 4)),
+        ((2, 3), (4, 3, 5)),
+        ((4, 2, 3), (3,)),
+    ],
 )
 def test_dot(first, second):
     check(np.dot, f64(first), f64(second, 1))
@@ -91,7 +102,9 @@ def test_inner(first, second):
     check_gradient(np.inner, f64(first), f64(second, 1))
 
 
-@pytest.mark.parametrize("axes", [0, 1, 2, ((1, 2), (0, 1)), ((2, 1), (1, 0)), (1, 0), ((-1,), (1,)), ([2], [-2])])
+@pytest.mark.parametrize(
+    "axes", [0, 1, 2, ((1, 2), (0, 1)), ((2, 1), (1, 0)), (1, 0), ((-1,), (1,)), ([2], [-2])]
+)
 def test_tensordot(axes):
     x, y = f64((2, 3, 4)), f64((3, 4, 5), 1)
     if axes == 1 or axes == 0:
@@ -106,7 +119,7 @@ def test_vector_products():
     check(np.vdot, f64((2, 3)), f64((3, 2)))
     check(np.outer, f64((2, 3)), f64((4,)))
     check(np.vecdot, f64((5, 3)), f64((3,)))
-    check(lambda x, y: np.vecdot(x, y, axis=0), f64((3, 5)), f64((3, 5), 1))
+    check(lambda x, y: np.vecdot(x, y, axis=0), f64((3, 5)), f64((3, 5), 1))  # type: ignore[call-overload]
     check(np.vecdot, f64((4, 1, 3)), f64((5, 3)))
     if hasattr(np, "matvec"):
         check(np.matvec, f64((4, 2, 3)), f64((3,)))
@@ -115,7 +128,9 @@ def test_vector_products():
         check_gradient(f, f64((3,)), f64((3,), 1))
 
 
-@pytest.mark.parametrize("first,second", [((2,), (3,)), ((2, 3), (3, 2)), ((2,), (3, 2)), ((2, 3, 1), (2, 2)), ((), (2, 2))])
+@pytest.mark.parametrize(
+    "first,second", [((2,), (3,)), ((2, 3), (3, 2)), ((2,), (3, 2)), ((2, 3, 1), (2, 2)), ((), (2, 2))]
+)
 def test_kron(first, second):
     check(np.kron, f64(first), f64(second, 1))
     check_gradient(np.kron, f64(first), f64(second, 1))
@@ -187,7 +202,9 @@ def test_einsum_sublists_and_keywords():
 
 def test_einsum_contracts_cheap_pairs_first():
     """a(1000×2) b(2×1000) c(1000×2): left to right would build a 1000×1000 matrix."""
-    _, graph, _ = record(lambda a, b, c: np.einsum("ij,jk,kl->il", a, b, c), f64((1000, 2)), f64((2, 1000)), f64((1000, 2)))
+    _, graph, _ = record(
+        lambda a, b, c: np.einsum("ij,jk,kl->il", a, b, c), f64((1000, 2)), f64((2, 1000)), f64((1000, 2))
+    )
     assert max(n.size for n in graph.nodes) <= 2000
 
 
@@ -213,7 +230,10 @@ def test_einsum_errors(subscripts, shapes, message):
 
 
 @pytest.mark.parametrize("offset", [-4, -2, -1, 0, 1, 2, 3, 9])
-@pytest.mark.parametrize("shape,axes", [((3, 4), (0, 1)), ((4, 3), (0, 1)), ((3, 3), (1, 0)), ((2, 3, 4), (0, 2)), ((2, 3, 4), (-1, 1))])
+@pytest.mark.parametrize(
+    "shape,axes",
+    [((3, 4), (0, 1)), ((4, 3), (0, 1)), ((3, 3), (1, 0)), ((2, 3, 4), (0, 2)), ((2, 3, 4), (-1, 1))],
+)
 def test_diagonal_and_trace(shape, axes, offset):
     x = f64(shape)
     check(lambda x: np.diagonal(x, offset, *axes), x)
@@ -244,7 +264,12 @@ def test_vector_norms(ord):
     for axis in (0, 1, -1):
         for keepdims in (False, True):
             check(lambda x, a=axis, k=keepdims: np.linalg.norm(x, ord, a, k), x)
-            check(lambda x, a=axis, k=keepdims: np.linalg.vector_norm(x, axis=a, keepdims=k, ord=2 if ord is None else ord), x)
+            check(
+                lambda x, a=axis, k=keepdims: np.linalg.vector_norm(
+                    x, axis=a, keepdims=k, ord=2 if ord is None else ord
+                ),
+                x,
+            )
     check(lambda x: np.linalg.norm(x, ord), x[0])
     if ord != 0:
         check_gradient(lambda x: np.linalg.norm(x, ord, 1), x)
@@ -263,7 +288,7 @@ def test_matrix_norms(ord):
 
 def test_norms_of_everything_integers_and_zero():
     check(np.linalg.norm, f64((2, 3, 4)))
-    check(lambda x: np.linalg.norm(x, keepdims=True), f64((2, 3)))
+    check(lambda x: np.linalg.norm(x, None, None, True), f64((2, 3)))
     check(np.linalg.norm, np.array([3, 4]))
     check(np.linalg.vector_norm, f64((2, 3)))
     check(lambda x: np.linalg.vector_norm(x, axis=(0, 2), keepdims=True), f64((2, 3, 4)))
@@ -286,11 +311,13 @@ def test_other_linalg_functions():
 
 
 def test_errors_speak_of_the_users_operands():
-    with pytest.raises(ShapeError, match=r"\[matmul\] the last axis of the first operand \(size 3\).*x1: f64\[2,3\]"):
+    with pytest.raises(
+        ShapeError, match=r"\[matmul\] the last axis of the first operand \(size 3\).*x1: f64\[2,3\]"
+    ):
         run(lambda x: x @ x, f64((2, 3)))
-    with pytest.raises(ShapeError, match="use \\* to multiply by a scalar"):
+    with pytest.raises(ShapeError, match=r"use \* to multiply by a scalar"):
         run(lambda x: x @ 2.0, f64((2, 3)))
-    with pytest.raises(ShapeError, match="axis 0 has sizes|axis -1 has sizes"):
+    with pytest.raises(ShapeError, match="axis -1 has sizes 2 and 5"):
         run(lambda x, y: x @ y, f64((2, 3, 4)), f64((5, 4, 3)))
     with pytest.raises(ShapeError, match=r"\[dot\] axis 1 of a"):
         run(np.dot, f64((2, 3)), f64((2, 3)))

@@ -8,6 +8,7 @@ from tracejit.functions.elementwise import *  # noqa: F403
 from tracejit.functions.indexing import *  # noqa: F403
 from tracejit.functions.linalg import *  # noqa: F403
 from tracejit.functions.nan_reductions import *  # noqa: F403
+from tracejit.functions.numeric import *  # noqa: F403
 from tracejit.functions.ordering import *  # noqa: F403
 from tracejit.functions.reductions import *  # noqa: F403
 from tracejit.functions.shape import *  # noqa: F403

@@ -14,9 +14,9 @@ import numpy as np
 
 from tracejit.dtypes import FLOAT64, INT64, DType
 from tracejit.errors import ShapeError, UnsupportedFunctionError
+from tracejit.functions import elementwise as el
 from tracejit.functions import promotion as pr
 from tracejit.functions import reductions as rd
-from tracejit.functions import ufuncs as el
 from tracejit.functions.contract import Label, contract, einsum
 from tracejit.ops import elementwise as ew
 from tracejit.ops import registry, rules
@@ -90,7 +90,7 @@ def matmul(x1: Any, x2: Any, /, out: Any = None, *, dtype: Any = None, **kwargs:
 def vecdot(x1: Any, x2: Any, /, out: Any = None, *, axis: int = -1, dtype: Any = None, **kwargs: Any) -> Any:
     """Dot product along ``axis`` with broadcasting leading axes, as ``np.vecdot``."""
     if not pr.any_tensor(x1, x2):
-        return np.vecdot(x1, x2, out=out, axis=axis, dtype=dtype, **kwargs)
+        return np.vecdot(x1, x2, out=out, axis=axis, dtype=dtype, **kwargs)  # type: ignore[call-overload]
     x1, x2 = _axis_last(x1, axis), _axis_last(x2, axis)
     return _stacked("vecdot", np.vecdot, x1, x2, "k", "k", "", out, dtype, kwargs)
 

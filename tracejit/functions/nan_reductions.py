@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 
+from tracejit.functions import elementwise as el
 from tracejit.functions import promotion as pr
 from tracejit.functions import reductions as rd
-from tracejit.functions import ufuncs as el
 from tracejit.ops import elementwise as ew
 from tracejit.tensor import Tensor
 

@@ -1,6 +1,6 @@
 """NumPy's elementwise functions that are not ufuncs: selection, clipping, rounding to decimals, dtype conversion.
 
-Re-exported by ``functions.elementwise``; on concrete arrays each is NumPy's own.
+Re-exported by ``tracejit.functions``; on concrete arrays each is NumPy's own.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ import numpy as np
 
 from tracejit.dtypes import BOOL, canonical
 from tracejit.errors import TracingError, UnsupportedFunctionError
+from tracejit.functions import elementwise as el
 from tracejit.functions import promotion as pr
 from tracejit.functions import reductions
-from tracejit.functions import ufuncs as el
 from tracejit.ops import elementwise as ew
 from tracejit.source import named_scope
 from tracejit.tensor import Tensor

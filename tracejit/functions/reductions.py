@@ -13,8 +13,8 @@ import numpy as np
 
 from tracejit.dtypes import BOOL, FLOAT32, FLOAT64, INT64, DType, canonical
 from tracejit.errors import DTypeError, ShapeError
+from tracejit.functions import elementwise as el
 from tracejit.functions import promotion as pr
-from tracejit.functions import ufuncs as el
 from tracejit.ops import elementwise as ew
 from tracejit.ops import reduction, rules
 from tracejit.ops.registry import Op
@@ -236,7 +236,7 @@ def average(
 ) -> Any:
     """Weighted mean ``Σ w·a / Σ w`` over ``axis``; 1-D ``weights`` run along one axis. As ``np.average``."""
     if not pr.any_tensor(a, weights):
-        return np.average(a, axis=axis, weights=weights, returned=returned, keepdims=keepdims)
+        return np.average(a, axis=axis, weights=weights, returned=returned, keepdims=keepdims)  # type: ignore[call-overload]
     x = pr.tensor(a, "average")
     if weights is None:
         result = mean(x, axis, keepdims=keepdims)

@@ -95,7 +95,7 @@ def _binary(
     )
 
 
-# -- arithmetic -----------------------------------------------------------------------------------------------------------
+# -- arithmetic ----------------------------------------------------------------------------------------------
 
 add = _binary(
     "add", np.add, lambda g, z, x, y: (g, g), "z = x + y", "Sum.", "dx = g, dy = g", commutative=True
@@ -206,7 +206,7 @@ arctan2 = _binary(
     kinds="f",
     low=(0.3, -2.0),
 )
-copysign = _binary(
+copysign: Op = _binary(
     "copysign",
     np.copysign,
     lambda g, z, x, y: (g * sign(x) * copysign(full_like(y, 1.0), y), None),
@@ -245,7 +245,7 @@ minimum = _binary(
     commutative=True,
 )
 
-# -- bits -------------------------------------------------------------------------------------------------------------------
+# -- bits ----------------------------------------------------------------------------------------------------
 
 bitwise_and = _binary(
     "bitwise_and",
@@ -293,7 +293,7 @@ right_shift = _binary(
     low=(-2.0, 5.0),
 )
 
-# -- comparisons --------------------------------------------------------------------------------------------------------------
+# -- comparisons ---------------------------------------------------------------------------------------------
 
 
 def _compare(
@@ -313,12 +313,12 @@ def _compare(
 
 equal = _compare("equal", np.equal, "=", "equals", True)
 not_equal = _compare("not_equal", np.not_equal, "≠", "differs from", True)
-less = _compare("less", np.less, "<", "is less than")
+less: Op = _compare("less", np.less, "<", "is less than")
 less_equal = _compare("less_equal", np.less_equal, "≤", "is at most")
-greater = _compare("greater", np.greater, ">", "is greater than")
+greater: Op = _compare("greater", np.greater, ">", "is greater than")
 greater_equal = _compare("greater_equal", np.greater_equal, "≥", "is at least")
 
-# -- selection ----------------------------------------------------------------------------------------------------------------
+# -- selection -----------------------------------------------------------------------------------------------
 
 
 def _where_infer(cond: HasAval, x: HasAval, y: HasAval) -> rules.Aval:

@@ -93,7 +93,7 @@ def _reciprocal(g: Any, y: Any, x: Any) -> Any:
     return -(g * y * y)
 
 
-# -- arithmetic and rounding ------------------------------------------------------------------------------------------
+# -- arithmetic and rounding ---------------------------------------------------------------------------------
 
 neg = _unary("neg", np.negative, lambda g, y, x: -g, "y = -x", "Negation.", "dx = -g", kinds="iuf")
 abs_ = _unary(
@@ -105,7 +105,7 @@ abs_ = _unary(
     "dx = g·sign(x), 0 at 0",
     kinds="iuf",
 )
-sign = _unary(
+sign: Op = _unary(
     "sign",
     np.sign,
     None,
@@ -164,7 +164,7 @@ cbrt = _unary(
     values=(-1.0, -0.3),
 )
 
-# -- exponentials and logarithms ----------------------------------------------------------------------------------------
+# -- exponentials and logarithms -----------------------------------------------------------------------------
 
 exp = _unary("exp", np.exp, lambda g, y, x: g * y, "y = eˣ", "Exponential function.", "dx = g·y")
 exp2 = _unary("exp2", np.exp2, lambda g, y, x: g * y * _LN2, "y = 2ˣ", "Power of two.", "dx = g·y·ln 2")
@@ -213,10 +213,12 @@ log1p = _unary(
     domain=(-0.8, 2.0),
 )
 
-# -- trigonometry -------------------------------------------------------------------------------------------------------
+# -- trigonometry --------------------------------------------------------------------------------------------
 
 sin = _unary("sin", np.sin, lambda g, y, x: g * cos(x), "y = sin x", "Sine of radians.", "dx = g·cos x")
-cos = _unary("cos", np.cos, lambda g, y, x: -(g * sin(x)), "y = cos x", "Cosine of radians.", "dx = -g·sin x")
+cos: Op = _unary(
+    "cos", np.cos, lambda g, y, x: -(g * sin(x)), "y = cos x", "Cosine of radians.", "dx = -g·sin x"
+)
 tan = _unary(
     "tan",
     np.tan,
@@ -255,7 +257,7 @@ arctan = _unary(
 sinh = _unary(
     "sinh", np.sinh, lambda g, y, x: g * cosh(x), "y = (eˣ - e⁻ˣ)/2", "Hyperbolic sine.", "dx = g·cosh x"
 )
-cosh = _unary(
+cosh: Op = _unary(
     "cosh", np.cosh, lambda g, y, x: g * sinh(x), "y = (eˣ + e⁻ˣ)/2", "Hyperbolic cosine.", "dx = g·sinh x"
 )
 tanh = _unary(
@@ -298,7 +300,7 @@ erf = _unary(
     values=(0.0, 5.0, -7.0),
 )
 
-# -- bits, truth and special values -------------------------------------------------------------------------------------
+# -- bits, truth and special values --------------------------------------------------------------------------
 
 _SPECIAL = (np.nan, np.inf, -np.inf, 0.0)
 invert = _unary("invert", np.invert, None, "y = ~x", "Every bit flipped; logical not for bool.", kinds="biu")
@@ -315,7 +317,7 @@ isfinite = _unary(
     values=_SPECIAL,
 )
 
-# -- dtype and gradient flow --------------------------------------------------------------------------------------------
+# -- dtype and gradient flow ---------------------------------------------------------------------------------
 
 
 def _convert_infer(x: HasAval, *, dtype: DType) -> rules.Aval:

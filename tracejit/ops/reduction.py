@@ -35,7 +35,8 @@ def unreduce(y: Any, shape: tuple[int, ...], axes: Axes) -> Any:
 def _samples(kinds: str, empty: bool) -> Callable[[], list[tuple[tuple[np.ndarray, ...], dict[str, Any]]]]:
     def samples() -> list[tuple[tuple[np.ndarray, ...], dict[str, Any]]]:
         cases: list[tuple[tuple[int, ...], Axes]] = [
-            ((), ()), ((5,), (0,)), ((3, 4), (0,)), ((3, 4), (1,)), ((2, 3, 4), (0, 2)), ((2, 3, 4), (0, 1, 2)), ((3, 2), ()),
+            ((), ()), ((5,), (0,)), ((3, 4), (0,)), ((3, 4), (1,)),
+            ((2, 3, 4), (0, 2)), ((2, 3, 4), (0, 1, 2)), ((3, 2), ()),
         ]  # fmt: skip
         cases += [((2, 0), (1,))] if empty else [((2, 0), ())]
         out: list[tuple[tuple[np.ndarray, ...], dict[str, Any]]] = []

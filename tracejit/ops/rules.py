@@ -59,7 +59,7 @@ def quiet(function: Callable[..., Any]) -> Callable[..., Any]:
     return reference
 
 
-# -- building blocks of gradient rules; they take tensors and arrays alike --------------------------------------------
+# -- building blocks of gradient rules; they take tensors and arrays alike -----------------------------------
 
 
 def full_like(x: HasAval, value: float) -> Any:
@@ -89,7 +89,7 @@ def convert(x: HasAval, dtype: DType) -> Any:
     return x if x.dtype == dtype else registry.get("convert")(x, dtype=dtype)
 
 
-# -- samples ----------------------------------------------------------------------------------------------------------
+# -- samples -------------------------------------------------------------------------------------------------
 
 #: Shapes that every family is sampled with: 0-d, vector, matrix, zero-size.
 SHAPES: tuple[tuple[int, ...], ...] = ((), (5,), (3, 4), (2, 0))
