@@ -16,7 +16,7 @@ import stat
 import sys
 import tempfile
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -252,3 +252,14 @@ class Loaded:
         if not address:
             raise RuntimeError(f"symbol {name} is missing from object code")
         return address
+
+
+def load_support(name: str, make: Callable[[], str], symbols: Mapping[str, int] | None = None) -> Loaded:
+    """Load a support module (thread pool, entry, micro-kernel) from the disk cache, or compile the IR ``make`` gives."""
+    found = read(f"support:{name}")
+    if found is None:
+        code = to_object(make())
+        write(f"support:{name}", {"name": name}, code)
+    else:
+        code = found[1]
+    return Loaded(code, symbols)

@@ -46,6 +46,7 @@ class Segment:
     parallel: bool
     code: bytes
     cost: float
+    support: dict[str, list[Any]] = field(default_factory=dict)
 
 
 @dataclass
@@ -238,11 +239,15 @@ def compile_program(program: Program) -> CompiledProgram:
     segments = []
     for kernels, module, layout, planner in parts:
         cost = sum(u.cost for u in planner.units)
-        segments.append(Segment(kernels, layout, cost > SERIAL_NS, codecache.to_object(module.text()), cost))
+        segments.append(Segment(kernels, layout, cost > SERIAL_NS, codecache.to_object(module.text()), cost, _support(module)))
     steps: list[Segment | HostStep] = [segments[s] if isinstance(s, int) else s for s in order]  # type: ignore[misc]
     compiled = CompiledProgram(steps)
     codecache.write(key, _meta(compiled), b"".join(s.code for s in segments))
     return compiled
+
+
+def _support(module: Module) -> dict[str, list[Any]]:
+    return {name: list(spec) for name, spec in module.support.items()}
 
 
 def _meta(compiled: CompiledProgram) -> dict[str, Any]:
@@ -252,7 +257,7 @@ def _meta(compiled: CompiledProgram) -> dict[str, Any]:
             steps.append(s.kernel)
         else:
             layout = [s.layout.buffers, s.layout.temps, s.layout.extra, s.layout.scratch]
-            steps.append([s.kernels, layout, s.parallel, len(s.code), s.cost])
+            steps.append([s.kernels, layout, s.parallel, len(s.code), s.cost, s.support])
     return {"steps": steps}
 
 
@@ -264,9 +269,9 @@ def _from_cache(meta: dict[str, Any], code: bytes) -> CompiledProgram | None:
             if isinstance(s, int):
                 steps.append(HostStep(s))
                 continue
-            kernels, (buffers, temps, extra, scratch), parallel, size, cost = s
+            kernels, (buffers, temps, extra, scratch), parallel, size, cost, support = s
             layout = Layout(buffers, [(a, b) for a, b in temps], extra, scratch)
-            steps.append(Segment(kernels, layout, parallel, code[at : at + size], cost))
+            steps.append(Segment(kernels, layout, parallel, code[at : at + size], cost, support))
             at += size
     except (KeyError, TypeError, ValueError):
         return None

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from tracejit_cpu import runtime
+from tracejit_cpu import codecache, runtime
 from tracejit_cpu.host import Host, host
 
 RING = 4  # result arrays kept per output
@@ -354,7 +354,7 @@ def _native_entry() -> tuple[Any, Any] | None:
     symbols = {s: ctypes.cast(getattr(ctypes.pythonapi, s), ctypes.c_void_p).value or 0 for s in _SYMBOLS}
     symbols["tj_array_empty"] = _array_empty_address()
     symbols["tj_launch"] = runtime.pool().launch_address
-    loaded = runtime.load_runtime("entry", lambda: entry_ir(host()), symbols)
+    loaded = codecache.load_support("entry", lambda: entry_ir(host()), symbols)
     method = _MethodDef(b"tracejit_program", loaded.address("tj_entry"), 0x0008, None)  # METH_O
     return loaded, method
 

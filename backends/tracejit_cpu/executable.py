@@ -15,7 +15,7 @@ import numpy as np
 from tracejit.backend import Timing
 from tracejit.events import KernelInfo
 from tracejit.program import AttentionKernel, Buffer, ContractKernel, LoopKernel, OpKernel, Program
-from tracejit_cpu import codecache, entry, hostops, runtime
+from tracejit_cpu import codecache, entry, hostops, micro, runtime
 from tracejit_cpu.compiler import CompiledProgram, HostStep, Segment, build, compile_program
 
 _KINDS = ((LoopKernel, "loop"), (ContractKernel, "contract"), (AttentionKernel, "attention"), (OpKernel, "op"))
@@ -72,6 +72,8 @@ class CpuExecutable:
         self.segments = [s for s in self.steps if isinstance(s, Segment)]
         pool = runtime.pool()
         symbols = {"tj_barrier": pool.barrier_address}
+        for segment in self.segments:
+            symbols.update({name: micro.support(name, spec) for name, spec in segment.support.items()})
         self._loaded = [codecache.Loaded(s.code, symbols) for s in self.segments]
         self._functions = [
             loaded.address("par" if s.parallel and pool.threads > 1 else "seq")

@@ -242,7 +242,9 @@ class GemmCompiler:
         self.stages: list[Stage] = []
         self.panels = -(-self.p.n // self.tile.nr)
         self.blocks = -(-self.p.m // self.tile.mr)
-        self.base, self.extra = divmod(self.p.m, self.blocks)
+        # The last row block starts early and repeats rows of the one before, so that one kernel height serves all;
+        # its epilogue skips the repeated rows.
+        self.rows = min(self.tile.mr, self.p.m)
 
     def _reuse(self, op: Operand) -> int:
         """How many copies of a packed operand exist: one per batch index that it varies along."""
@@ -283,7 +285,7 @@ class GemmCompiler:
                 offset = fn.iadd(offset, fn.imul(at, s))
                 rest = fn.op(f"udiv i64 {rest}, {n}") if (n, s) is not axes[0] else rest
             if rows:
-                first, number = self._block_rows(fn, block)
+                first, number = self._first_row(fn, block), str(self.rows)
             else:
                 first = fn.imul(block, width)
                 number = fn.imin(fn.op(f"sub i64 {p.n}, {first}"), width)
@@ -308,13 +310,11 @@ class GemmCompiler:
         at = fn.gep(ntab, first, "i64")
         fn.emit(f"call void @{name}(ptr {src}, ptr {ktab}, ptr {at}, i64 {p.k}, i64 {number}, ptr {dst})")
 
-    def _block_rows(self, fn: Fn, block: str) -> tuple[str, str]:
-        """First row and number of rows of row block ``block``: the first ``extra`` blocks have one row more."""
-        first = fn.iadd(fn.imul(block, self.base), fn.imin(block, self.extra) if self.extra else "0")
-        if not self.extra:
-            return first, str(self.base)
-        more = fn.op(f"icmp slt i64 {block}, {self.extra}")
-        return first, fn.op(f"select i1 {more}, i64 {self.base + 1}, i64 {self.base}")
+    def _first_row(self, fn: Fn, block: str) -> str:
+        """First row of row block ``block``."""
+        if self.p.m % self.rows == 0:
+            return fn.imul(block, self.rows)
+        return fn.imin(fn.imul(block, self.rows), self.p.m - self.rows)
 
     # -- main stage -----------------------------------------------------------------------------------------------------
     def _blocking(self) -> tuple[int, int]:
@@ -407,38 +407,25 @@ class GemmCompiler:
                 else:
                     bp, bs = fn.gep(b, fn.iadd(n0, fn.imul(k0, p.b.k)), t.ty), p.b.k
 
-                def run(low: str, high: str, rows: int) -> None:
-                    if rows == 0:
-                        return
-                    mk = micro_kernel(self.module, t, rows, vectors)
-                    with fn.loop(low, high) as block:
-                        if p.a.packed is not None:
-                            ap = fn.gep(a, fn.iadd(fn.imul(block, p.k * t.mr), fn.imul(k0, t.mr)), t.ty)
-                            rs, ks = 1, t.mr
-                            m0 = self._block_rows(fn, block)[0]
-                        else:
-                            m0 = self._block_rows(fn, block)[0]
-                            ap = fn.gep(a, fn.iadd(fn.imul(m0, p.a.free), fn.imul(k0, p.a.k)), t.ty)
-                            rs, ks = p.a.free, p.a.k
-                        out = "%scr"
-                        if chunks > 1:
-                            local = fn.iadd(fn.imul(fn.op(f"sub i64 {pn}, {first_panel}"), mb), fn.op(f"sub i64 {block}, {first_block}"))
-                            out = fn.gep("%scr", fn.imul(local, tile_bytes), "i8")
-                        fn.emit(
-                            f"call void @{mk}(ptr {ap}, i64 {rs}, i64 {ks}, ptr {bp}, i64 {bs}, i64 {kn}, ptr {out}, i64 {add})"
-                        )
-                        if epilogue:
-                            args = [f"ptr {x}" for x in buffers] + [f"i64 {x}" for x in index]
-                            args += [f"i64 {m0}", f"i64 {rows}", f"i64 {n0}", f"ptr {out}"]
-                            fn.emit(f"call void @{epilogue}({', '.join(args)})")
-
-                if self.extra:
-                    run(first_block, fn.imin(last_block, self.extra), self.base + 1)
-                    low = fn.op(f"call i64 @llvm.smax.i64(i64 {first_block}, i64 {self.extra})")
-                    self.module.declare("declare i64 @llvm.smax.i64(i64, i64)")
-                    run(low, last_block, self.base)
-                else:
-                    run(first_block, last_block, self.base)
+                rows = self.rows
+                mk = micro_kernel(self.module, t, rows, vectors)
+                with fn.loop(first_block, last_block) as block:
+                    m0 = self._first_row(fn, block)
+                    if p.a.packed is not None:
+                        ap = fn.gep(a, fn.iadd(fn.imul(block, p.k * t.mr), fn.imul(k0, t.mr)), t.ty)
+                        rs, ks = 1, t.mr
+                    else:
+                        ap = fn.gep(a, fn.iadd(fn.imul(m0, p.a.free), fn.imul(k0, p.a.k)), t.ty)
+                        rs, ks = p.a.free, p.a.k
+                    out = "%scr"
+                    if chunks > 1:
+                        local = fn.iadd(fn.imul(fn.op(f"sub i64 {pn}, {first_panel}"), mb), fn.op(f"sub i64 {block}, {first_block}"))
+                        out = fn.gep("%scr", fn.imul(local, tile_bytes), "i8")
+                    fn.emit(
+                        f"call void @{mk}(ptr {ap}, i64 {rs}, i64 {ks}, ptr {bp}, i64 {bs}, i64 {kn}, ptr {out}, i64 {add})"
+                    )
+                    if epilogue is not None:
+                        self._apply(fn, epilogue, block, m0, out, n0, buffers, index)
 
             def run_panels(k0: str, kn: str, add: str, final: bool) -> None:
                 full = self.panels - (1 if tail else 0)
@@ -463,6 +450,20 @@ class GemmCompiler:
         cost = flops / (2 * t.lanes * 2) * 0.5 + batch * p.m * p.n * body_cost(self.local) * 0.4 / t.lanes
         pointers = [*range(len(self.buffers)), *(~x for x in temps)]
         self.stages.append(Stage(fn.name, pointers, tasks, cost, scratch))
+
+    def _apply(
+        self, fn: Fn, epilogue: str, block: str, m0: str, out: str, n0: str, buffers: Sequence[str], index: Sequence[str]
+    ) -> None:
+        """Call the epilogue on the rows of a tile that no earlier block covered."""
+        new, start, rows = str(self.rows), m0, self.rows
+        if self.p.m % rows:
+            start = fn.imul(block, rows)
+            skip = fn.op(f"sub i64 {start}, {m0}")
+            new = fn.op(f"sub i64 {rows}, {skip}")
+            out = fn.gep(out, fn.imul(skip, self.tile.nr), self.tile.ty)
+        args = [f"ptr {x}" for x in buffers] + [f"i64 {x}" for x in index]
+        args += [f"i64 {start}", f"i64 {new}", f"i64 {n0}", f"ptr {out}"]
+        fn.emit(f"call void @{epilogue}({', '.join(args)})")
 
     def _base(self, fn: Fn, op: Operand, index: Sequence[str], rows: int) -> str:
         """Address of an operand (or of its packed copy) at the current batch index."""

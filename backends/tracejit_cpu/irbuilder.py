@@ -89,10 +89,16 @@ class Module:
         self.globals: list[str] = []
         self.functions: dict[str, str] = {}
         self._tables: dict[bytes, str] = {}
+        self.support: dict[str, tuple[object, ...]] = {}
 
     def declare(self, text: str) -> None:
         """Add a ``declare`` line once."""
         self.declarations.add(text)
+
+    def need(self, name: str, spec: tuple[object, ...], params: str) -> None:
+        """Declare an external support function; ``spec`` says how ``micro.support`` makes it."""
+        self.support[name] = spec
+        self.declare(f"declare void @{name}({params})")
 
     def table(self, values: np.ndarray) -> str:
         """A constant int64 array; returns its symbol."""

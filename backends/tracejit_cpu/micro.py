@@ -1,14 +1,18 @@
 """Building blocks of matrix products as shared functions: register-tile micro-kernels and panel packing.
 
-Used by ``gemm.py``, ``conv.py`` and ``attention.py``. All take strides at run time, so a module holds each of them once.
+Used by ``gemm.py``, ``conv.py`` and ``attention.py``. All take strides at run time, so each is compiled once per machine:
+a program only declares what it calls (``Module.support``), and ``support`` here loads it from the cache or makes it.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
-from tracejit_cpu.host import Host
-from tracejit_cpu.irbuilder import Fn, Module, const, mask_first, type_bytes, vec
+from tracejit_cpu import codecache
+from tracejit_cpu.host import Host, host
+from tracejit_cpu.irbuilder import Fn, Module, const, type_bytes, vec
 
 
 @dataclass(frozen=True)
@@ -45,11 +49,14 @@ def micro_kernel(module: Module, tile: Tile, mr: int, nv: int) -> str:
     out[i, j] (row stride ``tile.nr``) = (out[i, j] if add else 0) + sum_k a[i*rs + k*ks] * b[k*bs + j] for ``mr`` rows
     and ``nv`` vectors. Strides in elements.
     """
-    name = f"mk_{tile.ty}_{mr}_{nv}"
-    if name in module.functions:
-        return name
+    name = f"tj_mk_{tile.ty}_{mr}_{nv}_{tile.nr}"
+    module.need(name, ("micro", tile.ty, mr, nv), "ptr, i64, i64, ptr, i64, i64, ptr, i64")
+    return name
+
+
+def _emit_micro(module: Module, name: str, tile: Tile, mr: int, nv: int) -> None:
     args = "ptr %a, i64 %rs, i64 %ks, ptr %b, i64 %bs, i64 %kc, ptr %out, i64 %add"
-    fn = Fn(module, name, args)
+    fn = Fn(module, name, args, linkage="")
     ty, lanes = tile.ty, tile.lanes
     full = vec(ty, lanes)
     acc = [[fn.var(full, const(0.0, ty, lanes)) for _ in range(nv)] for _ in range(mr)]
@@ -80,16 +87,15 @@ def micro_kernel(module: Module, tile: Tile, mr: int, nv: int) -> str:
         fn.set("ptr", p, pa)
         fn.set("ptr", q, pb)
 
-    whole = fn.op("and i64 %kc, -4")
-    with fn.loop(0, whole, 4):
-        advance(4)
+    whole = fn.op("and i64 %kc, -2")
+    with fn.loop(0, whole, 2):
+        advance(2)
     with fn.loop(whole, "%kc"):
         advance(1)
     for i in range(mr):
         for j in range(nv):
             fn.store(ty, fn.get(full, acc[i][j]), fn.gep("%out", i * tile.nr + j * lanes, ty), lanes)
     fn.finish()
-    return name
 
 
 def transpose(fn: Fn, rows: list[str], ty: str, lanes: int) -> list[str]:
@@ -112,17 +118,37 @@ def transpose(fn: Fn, rows: list[str], ty: str, lanes: int) -> list[str]:
     return rows
 
 
+def _store_first(fn: Fn, ty: str, value: str, pointer: str, lanes: int, count: int) -> None:
+    """Store the first ``count`` lanes in power-of-two pieces: a neighbouring panel may belong to another thread."""
+    if count == lanes:
+        fn.store(ty, value, pointer, lanes)
+        return
+    at, part = 0, lanes // 2
+    while at < count:
+        while part > count - at:
+            part //= 2
+        order = ", ".join(f"i32 {at + i}" for i in range(part))
+        full = vec(ty, lanes)
+        if part == 1:
+            piece = fn.op(f"extractelement {full} {value}, i64 {at}")
+        else:
+            piece = fn.op(f"shufflevector {full} {value}, {full} poison, <{part} x i32> <{order}>")
+        fn.store(ty, piece, fn.gep(pointer, at, ty), part)
+        at += part
+
+
 def pack(module: Module, ty: str, memory: str, lanes: int, width: int) -> str:
     """``void pack(ptr src, i64 ks, i64 ns, i64 kc, i64 n, ptr dst)``: a panel dst[k][width] from src[k*ks + j*ns].
 
-    Columns ``n <= j < width`` become zero. The panel may be written up to one vector beyond its end. ``memory`` is the
-    source's element type (half is widened). Returns the function's name.
+    Columns ``n <= j < width`` become zero. ``memory`` is the source's element type (half is widened). Returns the name.
     """
-    name = f"pack_{memory}_{ty}_{width}"
-    if name in module.functions:
-        return name
-    fn = Fn(module, name, "ptr %src, i64 %ks, i64 %ns, i64 %kc, i64 %n, ptr %dst")
-    full = vec(ty, lanes)
+    name = f"tj_pack_{memory}_{ty}_{width}_{lanes}"
+    module.need(name, ("pack", ty, memory, lanes, width), "ptr, i64, i64, i64, i64, ptr")
+    return name
+
+
+def _emit_pack(module: Module, name: str, ty: str, memory: str, lanes: int, width: int) -> None:
+    fn = Fn(module, name, "ptr %src, i64 %ks, i64 %ns, i64 %kc, i64 %n, ptr %dst", linkage="")
     vectors = -(-width // lanes)
 
     def widen(x: str, n: int) -> str:
@@ -169,7 +195,7 @@ def pack(module: Module, ty: str, memory: str, lanes: int, width: int) -> str:
         for q in range(lanes):
             dst = fn.gep("%dst", fn.imul(fn.iadd(k, q), width), ty)
             for v in range(vectors):
-                fn.store(ty, columns[v][q], fn.gep(dst, v * lanes, ty), lanes)
+                _store_first(fn, ty, columns[v][q], fn.gep(dst, v * lanes, ty), lanes, min(lanes, width - v * lanes))
     with fn.loop(blocks, "%kc") as k:
         dst = fn.gep("%dst", fn.imul(k, width), ty)
         for j in range(width):
@@ -189,16 +215,17 @@ def pack(module: Module, ty: str, memory: str, lanes: int, width: int) -> str:
     fn.emit(f"br label %{done}")
     fn.label(done)
     fn.finish()
-    del full
-    return name
 
 
 def pack_table(module: Module, ty: str, memory: str, width: int) -> str:
     """Like :func:`pack` with ``src[ktab[k] + ntab[j]]``: ``void f(ptr src, ptr ktab, ptr ntab, i64 kc, i64 n, ptr dst)``."""
-    name = f"packt_{memory}_{ty}_{width}"
-    if name in module.functions:
-        return name
-    fn = Fn(module, name, "ptr %src, ptr %ktab, ptr %ntab, i64 %kc, i64 %n, ptr %dst")
+    name = f"tj_packt_{memory}_{ty}_{width}"
+    module.need(name, ("table", ty, memory, width), "ptr, ptr, ptr, i64, i64, ptr")
+    return name
+
+
+def _emit_pack_table(module: Module, name: str, ty: str, memory: str, width: int) -> None:
+    fn = Fn(module, name, "ptr %src, ptr %ktab, ptr %ntab, i64 %kc, i64 %n, ptr %dst", linkage="")
     with fn.loop(0, "%kc") as k:
         src = fn.gep("%src", fn.load("i64", fn.gep("%ktab", k, "i64")), memory)
         dst = fn.gep("%dst", fn.imul(k, width), ty)
@@ -210,7 +237,25 @@ def pack_table(module: Module, ty: str, memory: str, width: int) -> str:
         with fn.loop("%n", width) as j:
             fn.store(ty, const(0.0, ty), fn.gep(dst, j, ty))
     fn.finish()
-    return name
 
 
-_ = mask_first
+_loaded: dict[str, codecache.Loaded] = {}
+
+
+def support(name: str, spec: Sequence[Any]) -> int:
+    """Address of a support function: loaded before, from the disk cache, or compiled now."""
+    if name not in _loaded:
+
+        def make() -> str:
+            module = Module(host())
+            kind, ty, *rest = spec
+            if kind == "micro":
+                _emit_micro(module, name, tile_for(host(), ty), *rest)
+            elif kind == "pack":
+                _emit_pack(module, name, ty, *rest)
+            else:
+                _emit_pack_table(module, name, ty, *rest)
+            return module.text()
+
+        _loaded[name] = codecache.load_support(name, make)
+    return _loaded[name].address(name)

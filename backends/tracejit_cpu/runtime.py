@@ -56,13 +56,15 @@ def runtime_ir(target: Host, futex: bool) -> str:
     declare, pause = _pause(target)
     number = 202 if target.arch == "x86_64" else 98
     if futex:
-        system = "declare i64 @syscall(i64, ...)"
+        system = "declare i64 @syscall(i64, ...)\ndeclare i32 @sched_yield()"
+        give = "call i32 @sched_yield()"  # on a crowded machine the thread we wait for may want this core
         sleep = f"call i64 (i64, ...) @syscall(i64 {number}, ptr %p, i32 128, i32 %old, ptr null, ptr null, i32 0)"
         wake = f"call i64 (i64, ...) @syscall(i64 {number}, ptr %p, i32 129, i32 2147483647, ptr null, ptr null, i32 0)"
     else:
         name = "SwitchToThread" if sys.platform == "win32" else "sched_yield"
         system = f"declare i32 @{name}()"
         sleep, wake = f"call i32 @{name}()", "add i32 0, 0"
+        give = sleep
     park = "1" if not futex else "0"
     return f"""target triple = "{target.triple}"
 {declare}
@@ -74,7 +76,7 @@ entry:
   %limit = load i32, ptr %limit.p
   br label %spin
 spin:
-  %k = phi i32 [ 0, %entry ], [ %k1, %again ]
+  %k = phi i32 [ 0, %entry ], [ %k1, %again ], [ %k1, %offer ]
   %x = load atomic i32, ptr %p acquire, align 4
   %changed = icmp ne i32 %x, %old
   br i1 %changed, label %out, label %next
@@ -84,6 +86,11 @@ next:
   br i1 %tired, label %doze, label %again
 again:
   {pause}
+  %low = and i32 %k1, 255
+  %polite = icmp eq i32 %low, 0
+  br i1 %polite, label %offer, label %spin
+offer:
+  %ry = {give}
   br label %spin
 doze:
   %s0 = atomicrmw add ptr %sleepers, i32 1 seq_cst
@@ -253,7 +260,7 @@ class Pool:
     def __init__(self) -> None:
         self.threads = thread_count()
         self.futex = uses_futex()
-        self.loaded = load_runtime("pool", lambda: runtime_ir(host(), self.futex))
+        self.loaded = codecache.load_support(f"pool{self.futex}", lambda: runtime_ir(host(), self.futex))
         self._memory = ctypes.create_string_buffer(STATE_BYTES + 128)
         base = ctypes.addressof(self._memory)
         self.state = base + (-base) % 128
@@ -373,18 +380,6 @@ class Pool:
         self._lock = threading.Lock()
         self._condition = threading.Condition()
         self._workers = []
-
-
-def load_runtime(name: str, make: object, symbols: dict[str, int] | None = None) -> codecache.Loaded:
-    """Load a support module, from the disk cache if it is there."""
-    key = f"runtime:{name}:{uses_futex()}"
-    found = codecache.read(key)
-    if found is None:
-        code = codecache.to_object(make())  # type: ignore[operator]
-        codecache.write(key, {"name": name}, code)
-    else:
-        code = found[1]
-    return codecache.Loaded(code, symbols)
 
 
 _pool: Pool | None = None
