@@ -16,10 +16,8 @@ if TYPE_CHECKING:
     from tracejit import optim as optim
     from tracejit import random as random
     from tracejit.array import Array as Array
-    from tracejit.autograd import custom_vjp as custom_vjp
     from tracejit.autograd import grad as grad
     from tracejit.autograd import jvp as jvp
-    from tracejit.autograd import stop_gradient as stop_gradient
     from tracejit.autograd import value_and_grad as value_and_grad
     from tracejit.backend import DeviceInfo as DeviceInfo
     from tracejit.backend import device as device
@@ -31,6 +29,8 @@ if TYPE_CHECKING:
     from tracejit.control import print as print
     from tracejit.control import scan as scan
     from tracejit.control import while_loop as while_loop
+    from tracejit.custom import custom_vjp as custom_vjp
+    from tracejit.custom import stop_gradient as stop_gradient
     from tracejit.errors import CompileError as CompileError
     from tracejit.errors import ConcretizationError as ConcretizationError
     from tracejit.errors import DeviceError as DeviceError
@@ -53,22 +53,23 @@ if TYPE_CHECKING:
     from tracejit.graph import Node as Node
     from tracejit.io import load as load
     from tracejit.io import save as save
-    from tracejit.source import named_scope as named_scope
-    from tracejit.tensor import Tensor as Tensor
     from tracejit.jit import CacheInfo as CacheInfo
     from tracejit.jit import RetraceWarning as RetraceWarning
     from tracejit.jit import TracedFunction as TracedFunction
     from tracejit.jit import trace as trace
+    from tracejit.source import named_scope as named_scope
+    from tracejit.tensor import Tensor as Tensor
     from tracejit.watching import view as view
     from tracejit.watching import watch as watch
 
 # Where each public name lives; loaded on first use, so that ``import tracejit`` costs little more than NumPy.
 _HOMES: dict[str, tuple[str, ...]] = {
     "array": ("Array",),
-    "autograd": ("custom_vjp", "grad", "jvp", "stop_gradient", "value_and_grad"),
+    "autograd": ("grad", "jvp", "value_and_grad"),
     "backend": ("DeviceInfo", "device", "devices", "register_backend"),
     "config": ("debug_nans", "disable_jit"),
     "control": ("cond", "print", "scan", "while_loop"),
+    "custom": ("custom_vjp", "stop_gradient"),
     "errors": (
         "CompileError", "ConcretizationError", "DTypeError", "DeviceError", "DeviceLostError", "DeviceOutOfMemoryError",
         "FileFormatError", "GradientError", "GraphError", "IndexingError", "LeakedTensorError", "NonFiniteError",

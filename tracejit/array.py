@@ -125,14 +125,18 @@ class Array(NDArrayOperatorsMixin):
 
     def _scalar(self) -> Any:
         if self.size != 1:
-            raise TypeError(f"only arrays of one element can be converted to Python scalars, this has shape {self.shape}")
+            raise TypeError(
+                f"only arrays of one element can be converted to Python scalars, this has shape {self.shape}"
+            )
         return self.numpy().reshape(())[()]
 
     def __getitem__(self, key: Any) -> Any:
         return self.numpy()[key]
 
     def __setitem__(self, key: Any, value: Any) -> None:
-        raise TypeError("a tj.Array cannot be changed; make a NumPy copy with np.array(x), or build a new array with tj.where")
+        raise TypeError(
+            "a tj.Array cannot be changed; make a NumPy copy with np.array(x), or build a new array with tj.where"
+        )
 
     def __iter__(self) -> Iterator[Any]:
         if not self.shape:

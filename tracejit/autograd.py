@@ -1,4 +1,4 @@
-"""Reverse-mode differentiation, graph to graph: ``grad``, ``value_and_grad``, ``vjp_graph``, ``jvp``, ``custom_vjp``.
+"""Reverse-mode differentiation, graph to graph: ``grad``, ``value_and_grad``, ``vjp_graph``, ``jvp``.
 
 The gradient of a graph is more graph: each op's ``vjp`` rule builds nodes from differentiable ops, stamped with the
 forward node they belong to, so derivatives nest to any order. Follows the reverse sweep of Griewank & Walther,
@@ -13,14 +13,23 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import optree
 
-from tracejit import source
+from tracejit import source, trees
+from tracejit.custom import pull_back_custom
 from tracejit.errors import GradientError, ShapeError, describe
 from tracejit.graph import Graph, Node
 from tracejit.ops import registry
 from tracejit.ops.registry import NONDIFFERENTIABLE
-from tracejit.tensor import Tensor, TraceContext, current_context, is_arraylike, recording, to_node
+from tracejit.tensor import (
+    Tensor,
+    TraceContext,
+    current_context,
+    is_arraylike,
+    lift,
+    recording,
+    to_node,
+    zeros,
+)
 
 _uids = itertools.count()
 
@@ -43,7 +52,9 @@ GRAD_INPUT = registry.define(
 # -- the reverse sweep ---------------------------------------------------------------------------------------------
 
 
-def backward(ctx: TraceContext, roots: Sequence[tuple[Node, Tensor]], wrt: Sequence[Node]) -> list[Tensor | None]:
+def backward(
+    ctx: TraceContext, roots: Sequence[tuple[Node, Tensor]], wrt: Sequence[Node]
+) -> list[Tensor | None]:
     """Cotangents of ``wrt`` given cotangents of ``roots``; None where a root does not depend on the node.
 
     New nodes go to ``ctx.builder``. Nodes of ``wrt`` are leaves: nothing is propagated through them.
@@ -57,7 +68,7 @@ def backward(ctx: TraceContext, roots: Sequence[tuple[Node, Tensor]], wrt: Seque
     cotangents: dict[Node, Any] = {}
     for node, cotangent in roots:
         if node in needed:
-            _accumulate(ctx, cotangents, node, cotangent)
+            _accumulate(cotangents, node, cotangent)
     builder = ctx.builder
     for node in reversed(order):
         if node in targets or node not in needed or node not in cotangents:
@@ -67,7 +78,7 @@ def backward(ctx: TraceContext, roots: Sequence[tuple[Node, Tensor]], wrt: Seque
             with source.at_scope(node.scope):
                 for operand, cotangent in zip(node.inputs, _pull_back(ctx, node, cotangents.pop(node))):
                     if cotangent is not None and operand in needed:
-                        _accumulate(ctx, cotangents, operand, cotangent)
+                        _accumulate(cotangents, operand, cotangent)
         finally:
             builder.grad_of = outer
     return [cotangents.get(n) for n in wrt]
@@ -90,7 +101,7 @@ def _ancestors(roots: Sequence[Node]) -> list[Node]:
     return list(done)
 
 
-def _accumulate(ctx: TraceContext, cotangents: dict[Node, Any], node: Node, value: Any) -> None:
+def _accumulate(cotangents: dict[Node, Any], node: Node, value: Any) -> None:
     before = cotangents.get(node)
     if isinstance(value, list):  # a multi-output node: one slot per result
         if before is None:
@@ -106,20 +117,20 @@ def _accumulate(ctx: TraceContext, cotangents: dict[Node, Any], node: Node, valu
     cotangents[node] = value if before is None else registry.get("add")(before, value)
 
 
-def _pull_back(ctx: TraceContext, node: Node, cotangent: Any) -> Sequence[Tensor | None]:
+def _pull_back(ctx: TraceContext, node: Node, cotangent: Any) -> Sequence[Any]:
     """The cotangents of the operands of ``node``."""
     op = node.op
     if op.name == "proj":
         parent = node.inputs[0]
         slots: list[Any] = [None] * len(parent.avals)
         slots[node.attrs["index"]] = cotangent
-        return [slots]  # type: ignore[list-item]
+        return [slots]
     if op.name == "custom_vjp":
-        return _pull_back_custom(ctx, node, cotangent)
+        return pull_back_custom(ctx, node, cotangent)
     if op.vjp is NONDIFFERENTIABLE:
         return [None] * len(node.inputs)
     if node.avals:
-        cotangent = [_zeros(ctx, s, d) if c is None else c for c, (s, d) in zip(cotangent, node.avals)]
+        cotangent = [zeros(ctx, s, d) if c is None else c for c, (s, d) in zip(cotangent, node.avals)]
         result: Any = tuple(
             Tensor(ctx.builder.add("proj", (node,), {"index": i}), ctx) for i in range(len(node.avals))
         )
@@ -128,38 +139,28 @@ def _pull_back(ctx: TraceContext, node: Node, cotangent: Any) -> Sequence[Tensor
     operands = [Tensor(n, ctx) for n in node.inputs]
     found = op.vjp(cotangent, result, *operands, **node.attrs)  # type: ignore[operator]
     if len(found) != len(node.inputs):
-        raise GradientError.make(f"the gradient rule of {op.name} returned {len(found)} values for {len(node.inputs)} operands")
+        raise GradientError.make(
+            f"the gradient rule of {op.name} returned {len(found)} values for {len(node.inputs)} operands"
+        )
     return [
-        None if c is None or n.dtype.kind != "f" else c if isinstance(c, Tensor) else _lift(c, ctx, n)
+        None if c is None or n.dtype.kind != "f" else c if isinstance(c, Tensor) else lift(c, ctx, n)
         for c, n in zip(found, node.inputs)
     ]
 
 
-def _lift(value: Any, ctx: TraceContext, like: Node) -> Tensor:
-    """A concrete cotangent (a scalar or array that a rule returned) as a tensor of the operand's shape and dtype."""
-    from tracejit import functions as F
-
-    node = to_node(np.asarray(value, dtype=like.dtype)[()], ctx)
-    return F.broadcast_to(Tensor(node, ctx), like.shape)
-
-
-def _zeros(ctx: TraceContext, shape: tuple[int, ...], dtype: Any) -> Tensor:
-    builder = ctx.builder
-    zero = builder.const(0, dtype)
-    return Tensor(zero if shape == () else builder.add("broadcast_to", (zero,), {"shape": shape}), ctx)
-
-
 def _ones_like(ctx: TraceContext, node: Node) -> Tensor:
-    builder = ctx.builder
-    one = builder.const(1, node.dtype)
-    return Tensor(one if node.shape == () else builder.add("broadcast_to", (one,), {"shape": node.shape}), ctx)
+    return zeros(ctx, node.shape, node.dtype, 1)
 
 
 # -- value_and_grad ------------------------------------------------------------------------------------------------
 
 
 def value_and_grad(
-    fn: Callable[..., Any], wrt: int | Sequence[int] = 0, has_aux: bool = False, *, argnums: int | Sequence[int] | None = None
+    fn: Callable[..., Any],
+    wrt: int | Sequence[int] = 0,
+    has_aux: bool = False,
+    *,
+    argnums: int | Sequence[int] | None = None,
 ) -> Callable[..., Any]:
     """A function that returns ``(fn(...), gradients)``; ``fn`` must return a scalar (or ``(scalar, aux)`` with ``has_aux``).
 
@@ -171,7 +172,11 @@ def value_and_grad(
 
 
 def grad(
-    fn: Callable[..., Any], wrt: int | Sequence[int] = 0, has_aux: bool = False, *, argnums: int | Sequence[int] | None = None
+    fn: Callable[..., Any],
+    wrt: int | Sequence[int] = 0,
+    has_aux: bool = False,
+    *,
+    argnums: int | Sequence[int] | None = None,
 ) -> Callable[..., Any]:
     """As :func:`value_and_grad` but returns the gradients only (``(gradients, aux)`` with ``has_aux``)."""
     return _Gradient(fn, wrt if argnums is None else argnums, has_aux, with_value=False)
@@ -180,7 +185,9 @@ def grad(
 class _Gradient:
     """What ``grad`` and ``value_and_grad`` return. Holds a traced version of itself for calls from outside a trace."""
 
-    def __init__(self, fn: Callable[..., Any], wrt: int | Sequence[int], has_aux: bool, with_value: bool) -> None:
+    def __init__(
+        self, fn: Callable[..., Any], wrt: int | Sequence[int], has_aux: bool, with_value: bool
+    ) -> None:
         if not callable(fn):
             raise GradientError.make(f"grad takes a function, got {type(fn).__name__}", op="grad")
         positions = (wrt,) if isinstance(wrt, int) else tuple(wrt)
@@ -203,7 +210,9 @@ class _Gradient:
         if self._traced is None:
             from tracejit.jit import TracedFunction
 
-            self._traced = TracedFunction(self._entry, name=f"grad({getattr(self._fn, '__name__', 'function')})", environment=self._fn)
+            self._traced = TracedFunction(
+                self._entry, name=f"grad({getattr(self._fn, '__name__', 'function')})", environment=self._fn
+            )
         return self._traced
 
     def _entry(self, *args: Any, **kwargs: Any) -> Any:
@@ -220,21 +229,26 @@ class _Gradient:
         ctx = current_context()
         assert ctx is not None
         args_list = list(args)
-        trees: list[tuple[Any, list[Any], list[Tensor | None]]] = []
+        marked_trees: list[tuple[Any, list[Any], list[Tensor | None]]] = []
         for position in self._positions:
             if not -len(args) <= position < len(args):
-                raise GradientError.make(f"wrt={position} but the function was called with {len(args)} positional arguments", op="grad")
-            leaves, tree = optree.tree_flatten(args_list[position], namespace="tracejit")
+                raise GradientError.make(
+                    f"wrt={position} but the function was called with {len(args)} positional arguments",
+                    op="grad",
+                )
+            leaves, tree = trees.flatten(args_list[position])
             marked = [self._mark(ctx, leaf) for leaf in leaves]
             if not any(m is not None for m in marked):
                 raise GradientError.make(
                     f"argument {position} has nothing to differentiate",
                     op="grad",
                     got={"argument": args_list[position]},
-                    hint="gradients exist for floating-point arrays and Python floats only; convert with astype(np.float32) or pass 3.0",
+                    hint="gradients exist for floating-point arrays and Python floats; use astype(np.float32) or pass 3.0",
                 )
-            args_list[position] = tree.unflatten([leaf if m is None else m for leaf, m in zip(leaves, marked)])
-            trees.append((tree, leaves, marked))
+            args_list[position] = tree.unflatten(
+                [leaf if m is None else m for leaf, m in zip(leaves, marked)]
+            )
+            marked_trees.append((tree, leaves, marked))
         out = self._fn(*args_list, **kwargs)
         aux: Any = None
         if self._has_aux:
@@ -242,14 +256,14 @@ class _Gradient:
                 raise GradientError.make("with has_aux=True the function must return (loss, aux)", op="grad")
             out, aux = out
         value = self._check_scalar(out)
-        markers = [m for _, _, marked in trees for m in marked if m is not None]
+        markers = [m for _, _, marked in marked_trees for m in marked if m is not None]
         if isinstance(value, Tensor):
             root = to_node(value, ctx)
             found = iter(backward(ctx, [(root, _ones_like(ctx, root))], [m.node for m in markers]))
         else:
             found = iter([None] * len(markers))  # the loss does not depend on any tensor
         gradients = []
-        for tree, leaves, marked in trees:
+        for tree, leaves, marked in marked_trees:
             parts = []
             for leaf, m in zip(leaves, marked):
                 cotangent = next(found) if m is not None else None
@@ -274,7 +288,7 @@ class _Gradient:
     @staticmethod
     def _zero_gradient(ctx: TraceContext, leaf: Any) -> Any:
         if is_arraylike(leaf):
-            return _zeros(ctx, leaf.shape, leaf.dtype)
+            return zeros(ctx, leaf.shape, leaf.dtype)
         if isinstance(leaf, bool | int | float):
             return type(leaf)(0)
         return None
@@ -284,14 +298,25 @@ class _Gradient:
         if isinstance(value, float):
             return value
         if not is_arraylike(value):
-            hint = "return (loss, aux) and pass has_aux=True" if isinstance(value, tuple) else "return a scalar loss"
-            raise GradientError.make(f"{name} must return a scalar, got {type(value).__name__}", op="grad", hint=hint)
+            hint = (
+                "return (loss, aux) and pass has_aux=True"
+                if isinstance(value, tuple)
+                else "return a scalar loss"
+            )
+            raise GradientError.make(
+                f"{name} must return a scalar, got {type(value).__name__}", op="grad", hint=hint
+            )
         if value.shape != ():
             raise GradientError.make(
-                f"{name} must return a scalar", op="grad", got={"result": value}, hint="reduce it, e.g. with .mean() or .sum()"
+                f"{name} must return a scalar",
+                op="grad",
+                got={"result": value},
+                hint="reduce it, e.g. with .mean() or .sum()",
             )
         if value.dtype.kind != "f":
-            raise GradientError.make(f"{name} must return a floating-point scalar", op="grad", got={"result": value})
+            raise GradientError.make(
+                f"{name} must return a floating-point scalar", op="grad", got={"result": value}
+            )
         return value
 
 
@@ -315,7 +340,8 @@ def vjp_graph(graph: Graph, wrt: Sequence[int]) -> Graph:
         roots = [(o, Tensor(c, ctx)) for o, c in zip(outputs, cotangents) if o.dtype.kind == "f"]
         found = backward(ctx, roots, [marked[i] for i in wrt])
         results = [
-            (_zeros(ctx, inputs[i].shape, inputs[i].dtype) if g is None else g).node for i, g in zip(wrt, found)
+            (zeros(ctx, inputs[i].shape, inputs[i].dtype) if g is None else g).node
+            for i, g in zip(wrt, found)
         ]
     return Graph.build(ctx.name, ctx.inputs, results, [f"d{i}" for i in wrt], ctx.effects)
 
@@ -331,7 +357,9 @@ def jvp(fn: Callable[..., Any], primals: Sequence[Any], tangents: Sequence[Any])
     if current_context() is None:
         from tracejit.jit import TracedFunction
 
-        traced = TracedFunction(lambda p, t: _jvp(fn, p, t), name=f"jvp({getattr(fn, '__name__', 'function')})", environment=fn)
+        traced = TracedFunction(
+            lambda p, t: _jvp(fn, p, t), name=f"jvp({getattr(fn, '__name__', 'function')})", environment=fn
+        )
         return traced(tuple(primals), tuple(tangents))
     return _jvp(fn, tuple(primals), tuple(tangents))
 
@@ -339,172 +367,46 @@ def jvp(fn: Callable[..., Any], primals: Sequence[Any], tangents: Sequence[Any])
 def _jvp(fn: Callable[..., Any], primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> tuple[Any, Any]:
     ctx = current_context()
     assert ctx is not None
-    leaves, tree = optree.tree_flatten(primals, namespace="tracejit")
-    directions, tangent_tree = optree.tree_flatten(tangents, namespace="tracejit")
+    leaves, tree = trees.flatten(primals)
+    directions, tangent_tree = trees.flatten(tangents)
     if tangent_tree != tree:
         raise GradientError.make("primals and tangents have different tree structures", op="jvp")
     marked = [_Gradient._mark(ctx, leaf) for leaf in leaves]
     out = fn(*tree.unflatten([leaf if m is None else m for leaf, m in zip(leaves, marked)]))
-    out_leaves, out_tree = optree.tree_flatten(out, namespace="tracejit")
+    out_leaves, out_tree = trees.flatten(out)
     roots, dummies = [], []
     for leaf in out_leaves:
         if isinstance(leaf, Tensor) and leaf.dtype.kind == "f":
             node = to_node(leaf, ctx)
-            dummy = ctx.builder.add(GRAD_INPUT, (_zeros(ctx, node.shape, node.dtype).node,), {"uid": next(_uids)})
+            dummy = ctx.builder.add(
+                GRAD_INPUT, (zeros(ctx, node.shape, node.dtype).node,), {"uid": next(_uids)}
+            )
             roots.append((node, Tensor(dummy, ctx)))
             dummies.append(dummy)
     wrt = [m.node for m in marked if m is not None]
     pulled = backward(ctx, roots, wrt)
     second = []
-    for cotangent, direction, primal in zip(pulled, (d for d, m in zip(directions, marked) if m is not None), wrt):
+    for cotangent, direction, primal in zip(
+        pulled, (d for d, m in zip(directions, marked) if m is not None), wrt
+    ):
         if cotangent is None:
             continue
         from tracejit import functions as F
 
         value = F.astype(Tensor(to_node(direction, ctx, op="jvp"), ctx), primal.dtype)
         if value.shape != primal.shape:
-            raise ShapeError.make("a tangent must have the shape of its primal", op="jvp", got={"primal": primal, "tangent": value})
+            raise ShapeError.make(
+                "a tangent must have the shape of its primal",
+                op="jvp",
+                got={"primal": primal, "tangent": value},
+            )
         second.append((cotangent.node, value))
     pushed = iter(backward(ctx, second, dummies))
     results = []
     for leaf in out_leaves:
         if isinstance(leaf, Tensor) and leaf.dtype.kind == "f":
             tangent = next(pushed)
-            results.append(_zeros(ctx, leaf.shape, leaf.dtype) if tangent is None else tangent)
+            results.append(zeros(ctx, leaf.shape, leaf.dtype) if tangent is None else tangent)
         else:
             results.append(_Gradient._zero_gradient(ctx, leaf))
     return out, out_tree.unflatten(results)
-
-
-# -- rules given by the user ---------------------------------------------------------------------------------------
-
-
-class _CustomRule:
-    """What a ``custom_vjp`` node carries: the user's backward function and how to rebuild its arguments."""
-
-    __slots__ = ("arg_slots", "arg_tree", "bwd", "n_args", "n_out", "name", "out_slots", "out_tree", "res_static", "res_tree")
-
-    def __init__(self, name: str, bwd: Callable[..., Any]) -> None:
-        self.name = name
-        self.bwd = bwd
-
-    def __repr__(self) -> str:
-        return self.name
-
-
-class custom_vjp:
-    """A function with a gradient rule of its own, as ``jax.custom_vjp``.
-
-    ``f = custom_vjp(fn); f.defvjp(fwd, bwd)`` where ``fwd(*args) -> (result, residuals)`` and
-    ``bwd(residuals, cotangent) -> tuple with one cotangent per argument`` (None for "no gradient"), both trees.
-    ``bwd`` is recorded like any code, so derivatives of any order work if it uses differentiable operations. On concrete
-    arrays, and where no gradient is taken, it is just ``fn``.
-    """
-
-    def __init__(self, fn: Callable[..., Any]) -> None:
-        self._fn = fn
-        self._fwd: Callable[..., Any] | None = None
-        self._bwd: Callable[..., Any] | None = None
-        functools.update_wrapper(self, fn, updated=())
-
-    def defvjp(self, fwd: Callable[..., Any], bwd: Callable[..., Any]) -> None:
-        """Set the forward and backward functions."""
-        self._fwd, self._bwd = fwd, bwd
-
-    def __get__(self, instance: Any, owner: Any = None) -> Any:
-        return self if instance is None else functools.partial(self, instance)
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        leaves, _ = optree.tree_flatten((args, kwargs), namespace="tracejit")
-        ctx = current_context()
-        if ctx is None or not any(isinstance(leaf, Tensor) for leaf in leaves):
-            return self._fn(*args, **kwargs)
-        if self._fwd is None or self._bwd is None:
-            raise GradientError.make("call defvjp(fwd, bwd) before using the function", op=self._fn.__name__)
-        if kwargs:
-            import inspect
-
-            bound = inspect.signature(self._fn).bind(*args, **kwargs)
-            bound.apply_defaults()
-            args = bound.args
-        return self._record(ctx, args)
-
-    def _record(self, ctx: TraceContext, args: tuple[Any, ...]) -> Any:
-        assert self._fwd is not None and self._bwd is not None
-        rule = _CustomRule(getattr(self._fn, "__name__", "custom"), self._bwd)
-        result = self._fwd(*args)
-        if not isinstance(result, tuple) or len(result) != 2:
-            raise GradientError.make("fwd must return (result, residuals)", op=rule.name)
-        out, residuals = result
-        out_leaves, rule.out_tree = optree.tree_flatten(out, namespace="tracejit")
-        arg_leaves, rule.arg_tree = optree.tree_flatten(args, namespace="tracejit")
-        res_leaves, rule.res_tree = optree.tree_flatten(residuals, namespace="tracejit")
-        rule.n_args = len(arg_leaves)
-        rule.out_slots = [i for i, v in enumerate(out_leaves) if is_arraylike(v)]
-        rule.arg_slots = [i for i, v in enumerate(arg_leaves) if is_arraylike(v) or isinstance(v, float)]
-        dynamic = [i for i, v in enumerate(res_leaves) if is_arraylike(v)]
-        rule.res_static = [None if is_arraylike(v) else (v,) for v in res_leaves]
-        rule.n_out = len(rule.out_slots)
-        operands = [
-            *(out_leaves[i] for i in rule.out_slots),
-            *(arg_leaves[i] for i in rule.arg_slots),
-            *(res_leaves[i] for i in dynamic),
-        ]
-        nodes = [to_node(v, ctx, op=rule.name) for v in operands]
-        marker = ctx.builder.add("custom_vjp", nodes, {"rule": rule, "n_out": rule.n_out})
-        for k, i in enumerate(rule.out_slots):
-            out_leaves[i] = Tensor(ctx.builder.add("proj", (marker,), {"index": k}), ctx)
-        return rule.out_tree.unflatten(out_leaves)
-
-
-def _pull_back_custom(ctx: TraceContext, node: Node, cotangents: list[Any]) -> list[Tensor | None]:
-    """Run the user's backward function for a ``custom_vjp`` node."""
-    rule: Any = node.attrs["rule"]
-    if not isinstance(rule, _CustomRule):
-        raise GradientError.make("this graph was loaded from text, which cannot hold the rule of a custom_vjp", op="custom_vjp")
-    n_out, n_diff = rule.n_out, len(rule.arg_slots)
-    tensors = [Tensor(n, ctx) for n in node.inputs]
-    filled = [
-        _zeros(ctx, shape, dtype) if c is None else c for c, (shape, dtype) in zip(cotangents, node.avals)
-    ]
-    out_leaves: list[Any] = [None] * rule.out_tree.num_leaves
-    for slot, value in zip(rule.out_slots, filled):
-        out_leaves[slot] = value
-    dynamic = iter(tensors[n_out + n_diff :])
-    residuals = [next(dynamic) if s is None else s[0] for s in rule.res_static]
-    found = rule.bwd(rule.res_tree.unflatten(residuals), rule.out_tree.unflatten(out_leaves))
-    if not isinstance(found, tuple):
-        raise GradientError.make("bwd must return a tuple with one cotangent per argument", op=rule.name)
-    # One cotangent (sub-)tree per argument; None stands for a whole argument without gradient.
-    parts: list[Any] = []
-    children = rule.arg_tree.children()
-    if len(found) != len(children):
-        raise GradientError.make(f"bwd returned {len(found)} cotangents for {len(children)} arguments", op=rule.name)
-    for value, child in zip(found, children):
-        if value is None:
-            parts.extend([None] * child.num_leaves)
-            continue
-        leaves = optree.tree_leaves(value, none_is_leaf=True, namespace="tracejit")
-        if len(leaves) != child.num_leaves:
-            raise GradientError.make("a cotangent returned by bwd has another tree structure than its argument", op=rule.name)
-        parts.extend(leaves)
-    result: list[Tensor | None] = [None] * len(node.inputs)
-    for k, slot in enumerate(rule.arg_slots):
-        operand, value = node.inputs[n_out + k], parts[slot]
-        if value is None or operand.dtype.kind != "f":
-            continue
-        tensor = value if isinstance(value, Tensor) else _lift(value, ctx, operand)
-        if (tensor.shape, tensor.dtype) != (operand.shape, operand.dtype):
-            raise GradientError.make(
-                "bwd returned a cotangent of another shape or dtype than its argument",
-                op=rule.name,
-                got={"argument": operand, "cotangent": tensor},
-            )
-        result[n_out + k] = tensor
-    return result
-
-
-def stop_gradient(x: Any) -> Any:
-    """The tree ``x`` itself, through which no gradient flows."""
-    op = registry.get("stop_gradient")
-    return optree.tree_map(lambda v: op(v) if isinstance(v, Tensor) else v, x, namespace="tracejit")

@@ -160,7 +160,8 @@ def get_backend(name: str) -> Backend:
             raise DeviceError.make(
                 f"unknown device {name!r}",
                 op="device",
-                hint=f"installed: {', '.join(backend_names()) or 'none'}" + (f"; did you mean {near[0]!r}?" if near else ""),
+                hint=f"installed: {', '.join(backend_names()) or 'none'}"
+                + (f"; did you mean {near[0]!r}?" if near else ""),
             )
         if name in _broken:
             raise DeviceError.make(f"device {name!r} cannot be used: {_broken[name]}", op="device")
@@ -195,7 +196,9 @@ def _resolve_slow(name: Any) -> Device:
         device = Device(_default_backend(), "")
     else:
         if not isinstance(chosen, str):
-            raise DeviceError.make(f'device must be a string such as "cpu" or "wgpu:1", got {name!r}', op="device")
+            raise DeviceError.make(
+                f'device must be a string such as "cpu" or "wgpu:1", got {name!r}', op="device"
+            )
         backend, _, spec = chosen.partition(":")
         get_backend(backend)
         device = Device(backend, spec)
@@ -213,7 +216,9 @@ def _default_backend() -> str:
         if backend.priority >= 0 and (best is None or backend.priority > best.priority):
             best = backend
     if best is None:
-        raise DeviceError.make("no backend is installed", op="device", hint="reinstall tracejit: pip install tracejit")
+        raise DeviceError.make(
+            "no backend is installed", op="device", hint="reinstall tracejit: pip install tracejit"
+        )
     return best.name
 
 

@@ -6,7 +6,6 @@ Sub-commands that belong to a plugin (the viewer's, a backend's cache) are dispa
 from __future__ import annotations
 
 import argparse
-import importlib
 import inspect
 import json
 import os
@@ -44,7 +43,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"tracejit {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="command")
 
-    devices = commands.add_parser("devices", help="what can run programs here, what is missing and how to get it")
+    devices = commands.add_parser(
+        "devices", help="what can run programs here, what is missing and how to get it"
+    )
     devices.add_argument("--json", action="store_true", help="print JSON")
     devices.set_defaults(run=_devices)
 
@@ -55,10 +56,20 @@ def _parser() -> argparse.ArgumentParser:
         "tracejit graph model:predict float32[8,64] float32[64,10] 0.1",
     )
     graph.add_argument("function", help="module:function or path/to/file.py:function")
-    graph.add_argument("arguments", nargs="*", help="dtype[shape] for an array, or a JSON value (number, true, list of these)")
-    graph.add_argument("--form", choices=("text", "json", "inspect"), default="text", help="what to print (default: text)")
+    graph.add_argument(
+        "arguments",
+        nargs="*",
+        help="dtype[shape] for an array, or a JSON value (number, true, list of these)",
+    )
+    graph.add_argument(
+        "--form", choices=("text", "json", "inspect"), default="text", help="what to print (default: text)"
+    )
     graph.add_argument("--device", default=None, help="with --form inspect: the device to compile for")
-    graph.add_argument("--grad", action="store_true", help="the graph of value and gradient with respect to the first argument")
+    graph.add_argument(
+        "--grad",
+        action="store_true",
+        help="the graph of value and gradient with respect to the first argument",
+    )
     graph.set_defaults(run=_graph)
 
     commands.add_parser("view", help="open the window on a recording or a graph", add_help=False)
@@ -75,7 +86,11 @@ def _devices(options: argparse.Namespace) -> int:
 
     found = devices()
     if options.json:
-        print(json.dumps([{**d.__dict__, "properties": dict(d.properties)} for d in found], indent=2, default=str))
+        print(
+            json.dumps(
+                [{**d.__dict__, "properties": dict(d.properties)} for d in found], indent=2, default=str
+            )
+        )
         return 0
     from rich.console import Console
     from rich.table import Table
@@ -88,7 +103,9 @@ def _devices(options: argparse.Namespace) -> int:
     for d in found:
         mark = Text("ready", style="green") if d.available else Text("missing", style="red")
         what = d.description + (f"\n{d.detail}" if d.detail else "")
-        facts = ", ".join(f"{k} {v}" for k, v in d.properties.items() if not isinstance(v, dict | list | tuple))
+        facts = ", ".join(
+            f"{k} {v}" for k, v in d.properties.items() if not isinstance(v, dict | list | tuple)
+        )
         table.add_row(Text(d.name), mark, Text(what + (f"\n{facts}" if facts else "")))
     Console().print(table)
     return 0
@@ -117,7 +134,9 @@ def _load(target: str) -> Any:
     """The function named ``module:function`` or ``file.py:function``; running the module is the user's own request."""
     module_name, _, attribute = target.rpartition(":")
     if not module_name or not attribute:
-        raise TraceError.make(f"{target!r} does not name a function", hint="write module:function or file.py:function")
+        raise TraceError.make(
+            f"{target!r} does not name a function", hint="write module:function or file.py:function"
+        )
     try:
         if module_name.endswith(".py"):
             import importlib.util
@@ -154,7 +173,9 @@ def _argument(text: str) -> Any:
     try:
         return json.loads(text)
     except json.JSONDecodeError:
-        raise TraceError.make(f"{text!r} is neither dtype[shape] nor a JSON value", hint="e.g. float32[8,64] or 0.1") from None
+        raise TraceError.make(
+            f"{text!r} is neither dtype[shape] nor a JSON value", hint="e.g. float32[8,64] or 0.1"
+        ) from None
 
 
 def _viewer_command(command: str, argv: Sequence[str]) -> int:

@@ -16,7 +16,7 @@ from tracejit import events
 from tracejit.backend import Device, Executable
 from tracejit.config import log
 from tracejit.environment import Environment
-from tracejit.graph import Graph, Node
+from tracejit.graph import Graph
 from tracejit.passes import optimise
 from tracejit.program import Program
 from tracejit.state import state
@@ -65,7 +65,14 @@ class Entry:
     )
 
     def __init__(
-        self, traced: Traced, optimised: Graph, program: Program, executable: Executable, device: Device, name: str, fixups: Any
+        self,
+        traced: Traced,
+        optimised: Graph,
+        program: Program,
+        executable: Executable,
+        device: Device,
+        name: str,
+        fixups: Any,
     ) -> None:
         self.traced = traced
         self.optimised = optimised
@@ -90,9 +97,7 @@ class Entry:
         # NumPy functions return scalars, not 0-d arrays; device results stay on the device.
         self.scalars = tuple(i for i, n in enumerate(optimised.outputs) if n.shape == ()) if on_host else ()
         tree = traced.out_tree
-        self._single = (
-            len(traced.outputs) == 1 and traced.outputs[0] == ("out", 0) and tree.num_nodes == 1
-        )
+        self._single = len(traced.outputs) == 1 and traced.outputs[0] == ("out", 0) and tree.num_nodes == 1
         #: Set by the fast path; the eviction gives used entries a second chance.
         self.used = False
 
@@ -142,7 +147,12 @@ class Entry:
         """What observers get once: graph, kernels, op table."""
         ops = {n.op.name: n.op.describe() for n in self.optimised.nodes}
         return events.CompileEvent(
-            self.id, self.name, str(self.device), self.optimised.to_json(), tuple(self.executable.kernels), ops
+            self.id,
+            self.name,
+            str(self.device),
+            self.optimised.to_json(),
+            tuple(self.executable.kernels),
+            ops,
         )
 
     def announce(self, observer: events.Observer) -> None:
@@ -151,7 +161,9 @@ class Entry:
             self.seen_by.add(observer)
             observer.on_compile(self.compile_event())
 
-    def run_observed(self, leaves: Sequence[Any], observers: Sequence[events.Observer]) -> tuple[Any, events.StepEvent]:
+    def run_observed(
+        self, leaves: Sequence[Any], observers: Sequence[events.Observer]
+    ) -> tuple[Any, events.StepEvent]:
         """Run once with kernel times and tell ``observers``; returns the result and the event."""
         for observer in observers:
             self.announce(observer)
@@ -167,7 +179,17 @@ class Entry:
                 loss = float(np.asarray(value))
                 break
         event = events.StepEvent(
-            self.id, self.steps, timing.kernels, timing.start, timing.end, timing.live, timing.lane, begin, finish, loss, values
+            self.id,
+            self.steps,
+            timing.kernels,
+            timing.start,
+            timing.end,
+            timing.live,
+            timing.lane,
+            begin,
+            finish,
+            loss,
+            values,
         )
         self.steps += 1
         result = self.finish(outs)
@@ -177,7 +199,11 @@ class Entry:
 
     def _values(self, wanted: tuple[int, ...], inputs: Sequence[Any]) -> dict[int, np.ndarray]:
         """Values of intermediate nodes, from a variant of the program that also returns them (made on first request)."""
-        nodes = [self.optimised.nodes[i] for i in wanted if 0 <= i < len(self.optimised) and not self.optimised.nodes[i].avals]
+        nodes = [
+            self.optimised.nodes[i]
+            for i in wanted
+            if 0 <= i < len(self.optimised) and not self.optimised.nodes[i].avals
+        ]
         key = tuple(self.optimised.id(n) for n in nodes)
         variant = self._variants.get(key)
         backend = self.device.backend
@@ -223,7 +249,8 @@ def compile_entry(traced: Traced, name: str, device: Device, leaves: Sequence[An
     if len(traced.dynamic) != len(leaves):
         entry.arity = traced.dynamic
     entry.times = {"optimise": t1 - t0, "lower": t2 - t1, "compile": t3 - t2}
-    log("compile", f"{name} on {device}: {len(optimised)} nodes, {len(executable.kernels)} kernels, {(t3 - t0) * 1e3:.1f} ms")
+    log(
+        "compile",
+        f"{name} on {device}: {len(optimised)} nodes, {len(executable.kernels)} kernels, {(t3 - t0) * 1e3:.1f} ms",
+    )
     return entry
-
-

@@ -53,7 +53,8 @@ def canonical(dtype: Any, *, op: str = "") -> DType:
         raise DTypeError.make(
             f"dtype {found} is not supported",
             op=op,
-            hint=f"supported: {', '.join(NAMES)}" + ("; complex numbers are not" if found.kind == "c" else ""),
+            hint=f"supported: {', '.join(NAMES)}"
+            + ("; complex numbers are not" if found.kind == "c" else ""),
         )
     return SUPPORTED[found.name]
 

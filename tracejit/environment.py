@@ -14,10 +14,8 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
-import optree
 
-from tracejit import source
-from tracejit.signature import NAMESPACE
+from tracejit import source, trees
 
 _MISSING = object()
 _DEPTH = 4
@@ -35,7 +33,7 @@ class Environment:
     def __init__(self, slots: list[Slot]) -> None:
         self._names = [s for s in slots if not isinstance(s[0], types.CellType) and not _is_tree(s[2])]
         self._cells = [s for s in slots if isinstance(s[0], types.CellType) and not _is_tree(s[2])]
-        self._trees = [(c, n, v, *optree.tree_flatten(v, namespace=NAMESPACE)) for c, n, v in slots if _is_tree(v)]
+        self._trees = [(c, n, v, *trees.flatten(v)) for c, n, v in slots if _is_tree(v)]
 
     def __bool__(self) -> bool:
         return bool(self._names or self._cells or self._trees)
@@ -60,7 +58,7 @@ class Environment:
             now = _read(container, name)
             if now is _MISSING:
                 return False
-            new_leaves, new_tree = optree.tree_flatten(now, namespace=NAMESPACE)
+            new_leaves, new_tree = trees.flatten(now)
             if new_tree != tree or not all(a is b or _same(a, b) for a, b in zip(new_leaves, leaves)):
                 return False
         return True
@@ -98,7 +96,9 @@ def _slots(fn: Any, depth: int, seen: set[int]) -> Iterator[Slot]:
         return
     seen.add(id(fn))
     names, attributes = _reads(code)
-    bound: list[tuple[Any, str, Any]] = [(fn.__globals__, n, fn.__globals__[n]) for n in names if n in fn.__globals__]
+    bound: list[tuple[Any, str, Any]] = [
+        (fn.__globals__, n, fn.__globals__[n]) for n in names if n in fn.__globals__
+    ]
     for name, cell in zip(code.co_freevars, fn.__closure__ or ()):
         try:
             bound.append((cell, name, cell.cell_contents))
@@ -108,7 +108,9 @@ def _slots(fn: Any, depth: int, seen: set[int]) -> Iterator[Slot]:
         if _guardable(value):
             yield container, name, value
         if isinstance(value, types.FunctionType) or hasattr(value, "__wrapped__"):
-            if not isinstance(value, types.FunctionType) or not source.is_internal(value.__code__.co_filename):
+            if not isinstance(value, types.FunctionType) or not source.is_internal(
+                value.__code__.co_filename
+            ):
                 yield container, name, value
             if depth > 0:
                 yield from _slots(value, depth - 1, seen)
@@ -151,7 +153,7 @@ _SCALARS = (bool, int, float, str, bytes, type(None), enum.Enum, np.generic, np.
 
 
 def _guardable(value: Any) -> bool:
-    if isinstance(value, _SCALARS) or isinstance(value, np.ndarray) or hasattr(value, "__tracejit_array__"):
+    if isinstance(value, (*_SCALARS, np.ndarray)) or hasattr(value, "__tracejit_array__"):
         return True
     return _is_tree(value)
 

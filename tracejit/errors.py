@@ -149,6 +149,11 @@ def hide_internal_frames(error: BaseException) -> BaseException:
     for frame in reversed(frames):
         rebuilt = TracebackType(rebuilt, frame.tb_frame, frame.tb_lasti, frame.tb_lineno)
     cause = error.__cause__ or error.__context__
-    if cause is not None and cause is not error and isinstance(cause, TraceError) and sys.version_info >= (3, 11):
+    if (
+        cause is not None
+        and cause is not error
+        and isinstance(cause, TraceError)
+        and sys.version_info >= (3, 11)
+    ):
         hide_internal_frames(cause)
     return error.with_traceback(rebuilt)

@@ -127,10 +127,12 @@ class Node:
 
 def attr_key(value: Any) -> Any:
     """A hashable key that tells 1, 1.0, True, -0.0 and nan apart, as attribute equality must."""
+    if isinstance(value, np.generic):
+        value = value.item()
     if isinstance(value, float):
         return ("f", value.hex())
-    if isinstance(value, bool | np.bool_):
-        return ("b", bool(value))
+    if isinstance(value, bool):
+        return ("b", value)
     if isinstance(value, int):
         return ("i", value)
     if isinstance(value, tuple):
@@ -182,10 +184,10 @@ class GraphBuilder:
                     # The forward program uses it too (a shared constant): it is not a gradient node.
                     object.__setattr__(found, "grad_of", None)
                 return found
-        inferred = op.infer(*inputs, **attrs)
+        inferred: Any = op.infer(*inputs, **attrs)
         avals: tuple[tuple[Shape, DType], ...] = ()
         if "multi" in op.traits:
-            avals = tuple((tuple(s), d) for s, d in inferred)  # type: ignore[misc, has-type]
+            avals = tuple((tuple(s), d) for s, d in inferred)
             shape, dtype = (), TUPLE
         else:
             shape, dtype = inferred
@@ -391,6 +393,17 @@ class Graph:
                     raise GraphError(
                         f"graph {self.name!r}: %{self.id(node)} {node!r} reads a node that comes later or is missing"
                     )
+            if node in seen:
+                raise GraphError(f"graph {self.name!r}: {node!r} is listed twice")
+            if node.op.arity is not None and len(node.inputs) != node.op.arity:
+                raise GraphError(
+                    f"graph {self.name!r}: {node!r} has {len(node.inputs)} operands instead of {node.op.arity}"
+                )
+            if node.grad_of is not None and not isinstance(node.grad_of, Node):
+                raise GraphError(f"graph {self.name!r}: grad_of of {node!r} is not a node: {node.grad_of!r}")
+            for value in node.attrs.values():
+                if isinstance(value, Graph):
+                    value.verify()
             seen.add(node)
             if node.op.name == "input":
                 if node not in self.inputs:
@@ -398,9 +411,9 @@ class Graph:
                         f"graph {self.name!r}: {node!r} is an input node that is not among the inputs"
                     )
                 continue
-            inferred = node.op.infer(*node.inputs, **node.attrs)
+            inferred: Any = node.op.infer(*node.inputs, **node.attrs)
             if "multi" in node.op.traits:
-                expected: Any = tuple((tuple(s), d) for s, d in inferred)  # type: ignore[misc, has-type]
+                expected: Any = tuple((tuple(s), d) for s, d in inferred)
                 actual: Any = node.avals
             else:
                 expected, actual = (tuple(inferred[0]), inferred[1]), (node.shape, node.dtype)

@@ -59,13 +59,16 @@ class Inspection:
             before = len(graph)
         lines += ["", "optimised graph", str(self.optimised), "", f"{len(self.kernels)} kernels"]
         lines += [
-            f"  k{k.id} {k.name} ({k.kind}): nodes {', '.join(f'%{n}' for n in k.nodes)}; {k.bytes:,} bytes, {k.flops:,} flops"
+            f"  k{k.id} {k.name} ({k.kind}): nodes {', '.join(f'%{n}' for n in k.nodes)}; "
+            f"{k.bytes:,} bytes, {k.flops:,} flops"
             for k in self.kernels
         ]
         lines += ["", "memory", self.memory]
         if self.program.report:
             lines += ["", "fusion report"]
-            lines += [f"  {d.action} {', '.join(f'%{n}' for n in d.nodes)}: {d.reason}" for d in self.program.report]
+            lines += [
+                f"  {d.action} {', '.join(f'%{n}' for n in d.nodes)}: {d.reason}" for d in self.program.report
+            ]
         for title, text in self.code.items():
             lines += ["", title, text]
         return "\n".join(lines)

@@ -6,6 +6,7 @@ A warm call does: flatten the arguments, build the key, look it up, check guards
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 import operator
@@ -16,7 +17,6 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-import optree
 
 from tracejit import backend as _backend
 from tracejit import source
@@ -27,14 +27,13 @@ from tracejit.errors import TraceError, TracingError, hide_internal_frames
 from tracejit.graph import Graph
 from tracejit.inspection import Inspection
 from tracejit.profile import Profile, profile_call
-from tracejit.signature import NAMESPACE, Static, check_leaf, difference, leaf_key, leaf_paths
+from tracejit.signature import Static, check_leaf, difference, leaf_key, leaf_paths
 from tracejit.state import state
 from tracejit.tensor import Tensor
 from tracejit.tracing import Traced, trace_function
+from tracejit.trees import NAMESPACE, flatten_fast
 
 _ndarray = np.ndarray
-# optree.tree_flatten is a Python wrapper around this; the call path saves the wrapper where it can.
-_flatten: Any = getattr(getattr(optree, "_C", None), "flatten", None) or optree.tree_flatten
 _aval = operator.attrgetter("dtype", "shape")
 _ONLY_ARRAYS = {np.ndarray}
 _RESERVED = ("device", "watch")
@@ -77,7 +76,7 @@ class TracedFunction:
         environment: Callable[..., Any] | None = None,
     ) -> None:
         self._fn = fn
-        self._name = name or getattr(fn, "__name__", type(fn).__name__)
+        self._name: str = name or str(getattr(fn, "__name__", type(fn).__name__))
         self._device = device
         self._static = frozenset((static_argnames,) if isinstance(static_argnames, str) else static_argnames)
         self._cache_size = int(cache_size)
@@ -98,6 +97,7 @@ class TracedFunction:
     # -- calling ---------------------------------------------------------------------------------------------------
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the function; ``device=`` and ``watch=`` are tracejit's, all else is the function's."""
         try:
             if kwargs or state.busy:
                 return self._general(args, kwargs)
@@ -108,7 +108,7 @@ class TracedFunction:
                 leaves = args
                 key = (*map(_aval, args),)
             else:
-                leaves, tree = _flatten(args, None, False, NAMESPACE)
+                leaves, tree = flatten_fast(args, None, False, NAMESPACE)
                 if {*map(type, leaves)} == _ONLY_ARRAYS:
                     key = (tree, *map(_aval, leaves))
                 else:
@@ -154,12 +154,14 @@ class TracedFunction:
             return entry.run_special(leaves)
         return entry.run(leaves)
 
-    def _find(self, args: tuple[Any, ...], kwargs: dict[str, Any], device: _backend.Device) -> tuple[Entry, Sequence[Any]]:
+    def _find(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], device: _backend.Device
+    ) -> tuple[Entry, Sequence[Any]]:
         """The entry for a call, made if need be, and the leaves of the call."""
         static: tuple[Any, ...] = ()
         if self._static:
             args, kwargs, static = self._split_static(args, kwargs)
-        leaves, tree = _flatten((args, kwargs), None, False, NAMESPACE)
+        leaves, tree = flatten_fast((args, kwargs), None, False, NAMESPACE)
         leaves, key = self._full_key(leaves, [tree, device, static], args, kwargs)
         full = tuple(key)
         found = self._cache.get(full)
@@ -195,10 +197,9 @@ class TracedFunction:
         return new, key
 
     def _touch(self, key: Any) -> None:
-        try:
+        # The key may have been evicted by another thread meanwhile; the entry in hand stays valid.
+        with contextlib.suppress(KeyError):
             self._cache.move_to_end(key)
-        except KeyError:  # evicted by another thread meanwhile; the entry in hand stays valid
-            pass
 
     def _evict(self) -> None:
         """Drop the least recently used key; keys used through the fast path since the last look get a second chance."""
@@ -236,7 +237,9 @@ class TracedFunction:
                 inspect.Parameter.VAR_POSITIONAL,
                 inspect.Parameter.VAR_KEYWORD,
             ):
-                raise TracingError.make(f"static_argnames cannot be combined with *args or **kwargs in {self._name}")
+                raise TracingError.make(
+                    f"static_argnames cannot be combined with *args or **kwargs in {self._name}"
+                )
             else:
                 dynamic[name] = value
         return (), dynamic, tuple(static)
@@ -283,7 +286,12 @@ class TracedFunction:
                 entry = compile_entry(traced, self._name, key[1], leaves)
             except RecursionError as error:
                 raise TracingError.make(f"{self._name} recursed too deeply while being traced") from error
-            slots = [s for leaf, part in zip(leaves, key[3:]) if isinstance(part, Static) for s in object_slots(leaf)]
+            slots = [
+                s
+                for leaf, part in zip(leaves, key[3:])
+                if isinstance(part, Static)
+                for s in object_slots(leaf)
+            ]
             entry.environment = snapshot(self._environment, slots) or None
             entry.key, entry.paths = key, paths
             # Newest first: after a closure changed, its newest value is the likeliest.
@@ -294,7 +302,9 @@ class TracedFunction:
             self._misses += 1
             return entry
 
-    def _trace(self, key: Any, leaves: Sequence[Any], tree: Any, paths: Sequence[str], static: tuple[Any, ...]) -> Traced:
+    def _trace(
+        self, key: Any, leaves: Sequence[Any], tree: Any, paths: Sequence[str], static: tuple[Any, ...]
+    ) -> Traced:
         fn = self._fn
         if static:
             fn = functools.partial(fn, **{name: part.value for name, part in static})
@@ -302,7 +312,9 @@ class TracedFunction:
             check_leaf(leaf, path)
         return trace_function(fn, self._name, leaves, key[3:], tree, paths)
 
-    def _explain(self, key: Any, leaves: Sequence[Any], paths: Sequence[str], seen: list[Entry] | None) -> str:
+    def _explain(
+        self, key: Any, leaves: Sequence[Any], paths: Sequence[str], seen: list[Entry] | None
+    ) -> str:
         """Why this call was not in the cache, measured against the nearest earlier entry."""
         if seen:
             entry = seen[0]
@@ -311,7 +323,9 @@ class TracedFunction:
                 for g in entry.traced.guards
                 if leaves[g.index] != g.value
             ]
-            reasons += [f"changed since: {c}" for c in entry.environment.changes()] if entry.environment else []
+            reasons += (
+                [f"changed since: {c}" for c in entry.environment.changes()] if entry.environment else []
+            )
             return f"{self._name}: " + "; ".join(reasons or ["a guard failed"])
         best: list[str] | None = None
         for entries in reversed(self._cache.values()):
@@ -327,7 +341,9 @@ class TracedFunction:
                 best = lines
         return f"{self._name}: " + ("; ".join(best) if best else "the arguments have a new tree structure")
 
-    def _watch_storm(self, key: Any, leaves: Sequence[Any], paths: Sequence[str], seen: list[Entry] | None) -> None:
+    def _watch_storm(
+        self, key: Any, leaves: Sequence[Any], paths: Sequence[str], seen: list[Entry] | None
+    ) -> None:
         """Warn once when a function keeps being traced instead of being served from the cache."""
         self._streak += 1
         if not self._warned and self._streak >= _STORM and self._hits < 2 * self._streak:

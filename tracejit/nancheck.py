@@ -68,7 +68,16 @@ def _tell(entry: Entry, node: int, observers: Sequence[events.Observer]) -> None
     empty = np.zeros(0, np.int64)
     now = time.perf_counter_ns()
     event = events.StepEvent(
-        entry.id, entry.steps, empty.astype(np.uint32), empty, empty, empty, empty.astype(np.uint8), now, now, nan_node=node
+        entry.id,
+        entry.steps,
+        empty.astype(np.uint32),
+        empty,
+        empty,
+        empty,
+        empty.astype(np.uint8),
+        now,
+        now,
+        nan_node=node,
     )
     for observer in observers:
         entry.announce(observer)

@@ -50,7 +50,9 @@ class Profile:
         """How close the kernel is to the bound that limits it, in percent."""
         if not self.peak_gflops or not self.peak_gbytes or row.mean_us <= 0:
             return None
-        floor_s = max(row.kernel.flops / (self.peak_gflops * 1e9), row.kernel.bytes / (self.peak_gbytes * 1e9))
+        floor_s = max(
+            row.kernel.flops / (self.peak_gflops * 1e9), row.kernel.bytes / (self.peak_gbytes * 1e9)
+        )
         return 100.0 * floor_s * 1e6 / row.mean_us
 
     def table(self) -> Any:
@@ -59,7 +61,8 @@ class Profile:
 
         total = sum(r.mean_us for r in self.rows)
         table = Table(
-            title=f"{self.name} on {self.device}: {self.wall_us:,.1f} us per call, {total:,.1f} us in {len(self.rows)} kernels"
+            title=f"{self.name} on {self.device}: {self.wall_us:,.1f} us per call, "
+            f"{total:,.1f} us in {len(self.rows)} kernels"
         )
         table.add_column("kernel")
         for column in ("mean us", "p95 us", "share", "GFLOP/s", "GB/s", "% peak"):
@@ -98,14 +101,27 @@ class Profile:
             trace.append(_span(f"step {step.step}", step.begin - origin, step.finish - origin, 0, {}))
             for k, start, end, lane, live in zip(step.kernels, step.start, step.end, step.lane, step.live):
                 kernel = kernels[int(k)]
-                args = {"nodes": list(kernel.nodes), "bytes": kernel.bytes, "flops": kernel.flops, "live_bytes": int(live)}
+                args = {
+                    "nodes": list(kernel.nodes),
+                    "bytes": kernel.bytes,
+                    "flops": kernel.flops,
+                    "live_bytes": int(live),
+                }
                 trace.append(_span(kernel.name, int(start) - origin, int(end) - origin, 1 + int(lane), args))
         with open(path, "w", encoding="utf-8") as file:
             json.dump({"traceEvents": trace, "displayTimeUnit": "ns"}, file)
 
 
 def _span(name: str, start_ns: int, end_ns: int, lane: int, args: dict[str, Any]) -> dict[str, Any]:
-    return {"name": name, "ph": "X", "ts": start_ns / 1e3, "dur": (end_ns - start_ns) / 1e3, "pid": 1, "tid": lane, "args": args}
+    return {
+        "name": name,
+        "ph": "X",
+        "ts": start_ns / 1e3,
+        "dur": (end_ns - start_ns) / 1e3,
+        "pid": 1,
+        "tid": lane,
+        "args": args,
+    }
 
 
 def profile_call(entry: Entry, leaves: Sequence[Any], repeat: int) -> Profile:

@@ -252,7 +252,8 @@ class Capabilities:
 
     ``max_buffers`` bounds distinct buffers per kernel (None = no bound), ``horizontal`` how many loop bodies may share
     a kernel, ``batch_contracts`` how many equal contractions may, ``row_limit`` the longest row (elements) that a row
-    pipeline may keep on chip, ``attention`` whether attention kernels exist, ``separate_outputs`` whether independent
+    pipeline may keep on chip, ``attention`` whether attention kernels exist (for heads of at most
+    ``attention_dim`` features), ``separate_outputs`` whether independent
     results should get buffers of their own instead of the arena (hazards tracked per buffer), ``contract_epilogue``
     and ``conv_epilogue`` whether loops fuse behind products, ``recompute_flops`` the cost below which a producer is
     recomputed in each consumer instead of stored, ``op_kernels`` ops that must arrive as :class:`OpKernel`.
@@ -266,6 +267,7 @@ class Capabilities:
     batch_contracts: int = 1
     row_limit: int = 1 << 20
     attention: bool = True
+    attention_dim: int = 256
     separate_outputs: bool = False
     contract_epilogue: bool = True
     conv_epilogue: bool = True
@@ -275,5 +277,18 @@ class Capabilities:
     split_k_limit: int = 1 << 20
     op_kernels: frozenset[str] = frozenset()
     dtypes: frozenset[str] = frozenset(
-        {"bool", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64", "float16", "float32", "float64"}
+        {
+            "bool",
+            "int8",
+            "int16",
+            "int32",
+            "int64",
+            "uint8",
+            "uint16",
+            "uint32",
+            "uint64",
+            "float16",
+            "float32",
+            "float64",
+        }
     )

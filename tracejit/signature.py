@@ -10,14 +10,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import optree
 
+from tracejit import trees
 from tracejit.dtypes import canonical
 from tracejit.errors import DTypeError, ShapeError, describe
 from tracejit.tensor import Tensor, check_alive, check_int_range
-
-#: Trees are flattened in this optree namespace everywhere; modules register themselves in it (or globally).
-NAMESPACE = "tracejit"
 
 #: numpy refuses arrays beyond this many bytes as well; caught early so that the message is ours.
 MAX_BYTES = 1 << 62
@@ -36,7 +33,11 @@ class Static:
         return self._hash
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Static) and type(self.value) is type(other.value) and bool(self.value == other.value)
+        return (
+            isinstance(other, Static)
+            and type(self.value) is type(other.value)
+            and bool(self.value == other.value)
+        )
 
     def __repr__(self) -> str:
         return f"static {self.value!r}"
@@ -73,7 +74,9 @@ def leaf_key(leaf: Any, path: str) -> tuple[Any, Any]:
         try:
             array = np.asarray(leaf)
         except Exception as error:
-            raise DTypeError.make(f"argument {path}: cannot convert {kind.__name__} to an array: {error}") from None
+            raise DTypeError.make(
+                f"argument {path}: cannot convert {kind.__name__} to an array: {error}"
+            ) from None
         return (array.dtype, array.shape), array
     try:
         return Static(leaf), leaf
@@ -120,10 +123,8 @@ def check_leaf(leaf: Any, path: str) -> None:
 
 def leaf_paths(args: tuple[Any, ...], kwargs: dict[str, Any], parameters: Sequence[str]) -> list[str]:
     """Readable paths of the leaves of ``(args, kwargs)``: ``params['w']``, ``x``, ``model.blocks[0].weight``."""
-    accessors, _, _ = optree.tree_flatten_with_accessor((args, kwargs), namespace=NAMESPACE)
     out = []
-    for accessor in accessors:
-        text = accessor.codify("")
+    for text in trees.paths((args, kwargs)):
         head, _, rest = text[1:].partition("]")
         if head == "0":  # positional: name it by the parameter
             index, _, rest = rest[1:].partition("]")
@@ -159,7 +160,13 @@ def difference(old: Sequence[Any], new: Sequence[Any], paths: Sequence[str]) -> 
         if a == b:
             continue
         line = f"argument {path}: {describe_part(a)} -> {describe_part(b)}"
-        if isinstance(a, tuple) and isinstance(b, tuple) and len(a) == 2 == len(b) and a[0] == b[0] and len(a[1]) == len(b[1]):
+        if (
+            isinstance(a, tuple)
+            and isinstance(b, tuple)
+            and len(a) == 2 == len(b)
+            and a[0] == b[0]
+            and len(a[1]) == len(b[1])
+        ):
             dims = [f"dimension {i} from {p} to {q}" for i, (p, q) in enumerate(zip(a[1], b[1])) if p != q]
             line += f" ({', '.join(dims)})"
         lines.append(line)

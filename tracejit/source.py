@@ -15,7 +15,16 @@ from collections.abc import Iterator
 _PACKAGE = os.path.dirname(os.path.abspath(__file__)) + os.sep
 _ROOT = os.path.dirname(os.path.dirname(_PACKAGE)) + os.sep
 # Frames of these libraries are never "the user's line": NumPy dispatches to us, the others call us back.
-_LIBRARIES = ("numpy", "optree", "functools", "contextlib", "tracejit_numpy", "tracejit_cpu", "tracejit_wgpu", "tracejit_viz")
+_LIBRARIES = (
+    "numpy",
+    "optree",
+    "functools",
+    "contextlib",
+    "tracejit_numpy",
+    "tracejit_cpu",
+    "tracejit_wgpu",
+    "tracejit_viz",
+)
 _known: dict[str, bool] = {}
 
 

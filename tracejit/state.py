@@ -37,7 +37,11 @@ class State(threading.local):
     def refresh(self) -> None:
         """Recompute ``busy`` after a field changed."""
         self.busy = bool(
-            self.context is not None or self.device is not None or self.observers or self.disable_jit or self.debug_nans
+            self.context is not None
+            or self.device is not None
+            or self.observers
+            or self.disable_jit
+            or self.debug_nans
         )
 
 

@@ -7,102 +7,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 
 import numpy as np
 
 from tracejit import source as _source
-from tracejit.dtypes import FLOAT64, INT64, WEAK_DTYPES, DType, canonical, weak_type
-from tracejit.errors import ConcretizationError, DTypeError, LeakedTensorError, ShapeError, TracingError, describe
-from tracejit.graph import ArrayLiteral, GraphBuilder, GuardInfo, Node
+from tracejit.context import TraceContext, current_context, recording
+from tracejit.dtypes import WEAK_DTYPES, DType, canonical, weak_type
+from tracejit.errors import DTypeError, LeakedTensorError, ShapeError, TracingError, describe
+from tracejit.graph import ArrayLiteral, Node
 from tracejit.ops.registry import Op
 from tracejit.state import state
-
-if TYPE_CHECKING:
-    from tracejit import functions as _functions_module
-
-
-class TraceContext:
-    """One recording in progress: the builder, the inputs so far, captured arrays, and guards on scalar values.
-
-    ``parent`` is set for the body of ``cond``/``while_loop``/``scan``; tensors of an outer context used inside become
-    extra inputs of the body (see :attr:`lifted`).
-    """
-
-    def __init__(self, name: str, parent: TraceContext | None = None) -> None:
-        self.name = name
-        self.parent = parent
-        self.builder = GraphBuilder()
-        self.inputs: list[Node] = []
-        self.open = True
-        self.made_at = _source.location()
-        #: Arrays used inside that are not arguments: id -> (array, input node). Held by reference, read at each call.
-        self.captured: dict[int, tuple[Any, Node]] = {}
-        #: Outer tensors used inside a control-flow body: id of outer node -> (outer tensor, inner input node).
-        self.lifted: dict[int, tuple[Tensor, Node]] = {}
-        #: Values of weakly typed scalar arguments at trace time, by input node; reading one makes a guard.
-        self.scalars: dict[Node, Any] = {}
-        self.guards: dict[int, GuardInfo] = {}
-        self.effects: list[Node] = []
-
-    def add_input(self, name: str, shape: Sequence[int], dtype: DType, kind: str = "argument") -> Node:
-        """A new input node; its position among the inputs is its index."""
-        attrs = {"index": len(self.inputs), "kind": kind, "shape": tuple(shape), "dtype": dtype}
-        node = self.builder.add("input", (), attrs, name=name)
-        self.inputs.append(node)
-        return node
-
-    def capture(self, array: Any) -> Node:
-        """The input node for an array of the surroundings (a closed-over weight, a global table)."""
-        found = self.captured.get(id(array))
-        if found is not None:
-            return found[1]
-        if self.parent is not None and self.parent.open:
-            outer = Tensor(self.parent.capture(array), self.parent)
-            return self.lift(outer)
-        node = self.add_input(f"capture{len(self.captured)}", array.shape, canonical(array.dtype), kind="capture")
-        self.captured[id(array)] = (array, node)
-        return node
-
-    def lift(self, outer: Tensor) -> Node:
-        """The input node of this control-flow body for a tensor of an enclosing context."""
-        key = id(outer.node)
-        found = self.lifted.get(key)
-        if found is None:
-            node = self.add_input(outer.node.name or f"outer{len(self.lifted)}", outer.shape, outer.dtype, kind="outer")
-            found = self.lifted[key] = (outer, node)
-        return found[1]
-
-    def encloses(self, inner: TraceContext | None) -> bool:
-        """True if this context is ``inner`` or one of its ancestors."""
-        while inner is not None:
-            if inner is self:
-                return True
-            inner = inner.parent
-        return False
-
-
-def current_context() -> TraceContext | None:
-    """The innermost recording of this thread, or None."""
-    return state.context
-
-
-class recording:
-    """Context manager: make ``context`` the innermost recording; on exit it is closed and its tensors become invalid."""
-
-    def __init__(self, context: TraceContext) -> None:
-        self.context = context
-
-    def __enter__(self) -> TraceContext:
-        self._before = state.context
-        state.context = self.context
-        state.refresh()
-        return self.context
-
-    def __exit__(self, *exc: object) -> None:
-        state.context = self._before
-        state.refresh()
-        self.context.open = False
 
 
 class Tensor:
@@ -173,6 +88,8 @@ class Tensor:
 
     def _concrete(self, wanted: str) -> Any:
         """The value as a Python scalar if it follows from scalar arguments and constants (then guarded), else an error."""
+        from tracejit.concrete import concretize
+
         return concretize(self, wanted)
 
     def __bool__(self) -> bool:
@@ -189,7 +106,9 @@ class Tensor:
 
     def __index__(self) -> int:
         if self.dtype.kind not in "iu":
-            raise TypeError(f"only integer scalar arrays can be converted to a scalar index, not {describe(self)}")
+            raise TypeError(
+                f"only integer scalar arrays can be converted to a scalar index, not {describe(self)}"
+            )
         return int(self._concrete("index"))
 
     def __array__(self, dtype: Any = None, copy: Any = None) -> np.ndarray:
@@ -227,7 +146,9 @@ class Tensor:
 
         return dispatch.array_ufunc(ufunc, method, inputs, kwargs)
 
-    def __array_function__(self, func: Any, types: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    def __array_function__(
+        self, func: Any, types: Any, args: Sequence[Any], kwargs: Mapping[str, Any]
+    ) -> Any:
         from tracejit.functions import dispatch
 
         return dispatch.array_function(func, args, kwargs)
@@ -407,7 +328,7 @@ class Tensor:
         return self
 
 
-def _f() -> _functions_module:  # type: ignore[valid-type]
+def _f() -> Any:
     from tracejit import functions
 
     return functions
@@ -445,7 +366,9 @@ def _flatten(self: Tensor, order: str = "C") -> Any:
 
 def _sort(self: Tensor, axis: int = -1) -> NoReturn:
     """In-place sorting does not exist for recorded values."""
-    raise TracingError.make("x.sort() sorts in place, which traced code cannot", op="sort", hint="use np.sort(x)")
+    raise TracingError.make(
+        "x.sort() sorts in place, which traced code cannot", op="sort", hint="use np.sort(x)"
+    )
 
 
 Tensor.flatten = _flatten  # type: ignore[attr-defined]
@@ -468,7 +391,9 @@ def bind(op: Op, operands: Sequence[Any], attrs: Mapping[str, Any]) -> Any:
         ctx.effects.append(node)
     if node.avals:
         project = _project()
-        return tuple(Tensor(ctx.builder.add(project, (node,), {"index": i}), ctx) for i in range(len(node.avals)))
+        return tuple(
+            Tensor(ctx.builder.add(project, (node,), {"index": i}), ctx) for i in range(len(node.avals))
+        )
     return Tensor(node, ctx)
 
 
@@ -518,7 +443,9 @@ def to_node(value: Any, ctx: TraceContext, *, op: str = "") -> Node:
             chain.append(inner)
             inner = inner.parent
         if inner is None:
-            raise LeakedTensorError.make(f"a tensor recorded for {value.ctx.name!r} is used in another trace", got={"x": value})
+            raise LeakedTensorError.make(
+                f"a tensor recorded for {value.ctx.name!r} is used in another trace", got={"x": value}
+            )
         for level in reversed(chain):
             value = Tensor(level.lift(value), level, value.weak)
         return value.node
@@ -577,90 +504,33 @@ def aval_dtype(value: Any, *, op: str = "") -> DType | type:
     return canonical(dtype, op=op)
 
 
-# -- concrete values -----------------------------------------------------------------------------------------------
+def zeros(ctx: TraceContext, shape: tuple[int, ...], dtype: DType, value: float = 0) -> Tensor:
+    """A tensor of ``shape`` filled with a constant, recorded in ``ctx``."""
+    scalar = ctx.builder.const(value, dtype)
+    node = scalar if shape == () else ctx.builder.add("broadcast_to", (scalar,), {"shape": shape})
+    return Tensor(node, ctx)
 
 
-def concretize(tensor: Tensor, wanted: str) -> Any:
-    """The trace-time value of ``tensor`` if it depends on scalar arguments and constants only.
-
-    Each scalar argument it depends on becomes a guard of the trace: another value next time means another entry.
-    Otherwise a ConcretizationError that shows the user's line and the chain of operations behind the value.
-    """
-    check_alive(tensor)
-    ctx = tensor.ctx
-    values: dict[Node, Any] = {}
-    order: list[Node] = []
-    stack = [(tensor.node, 0)]
-    seen: set[Node] = set()
-    while stack:
-        node, i = stack.pop()
-        if i == 0:
-            if node in seen:
-                continue
-            seen.add(node)
-        if i < len(node.inputs):
-            stack.append((node, i + 1))
-            stack.append((node.inputs[i], 0))
-        else:
-            order.append(node)
-    used: list[Node] = []
-    for node in order:
-        if node.op.name == "input":
-            if node not in ctx.scalars:
-                raise _unknown_value(tensor, wanted)
-            used.append(node)
-            values[node] = np.asarray(ctx.scalars[node], dtype=node.dtype)
-        elif node.op.name in ("random_bits", "print") or node.avals or node.op.name == "proj":
-            raise _unknown_value(tensor, wanted)
-        else:
-            values[node] = node.op.reference(*(values[i] for i in node.inputs), **node.attrs)
-    where = _source.location()
-    for node in used:
-        index = node.attrs["index"]
-        ctx.guards.setdefault(index, GuardInfo(index, ctx.scalars[node], where))
-    value = np.asarray(values[tensor.node])
-    return value.item() if value.ndim == 0 else value
-
-
-def _unknown_value(tensor: Tensor, wanted: str) -> ConcretizationError:
-    lines = []
-    node: Node | None = tensor.node
-    while node is not None and len(lines) < 6:
-        lines.append(f"    {node.name or node.op.name}: {describe(node)}" + (f"  ({node.source})" if node.source else ""))
-        node = max(node.inputs, key=lambda n: (n.op.name not in ("const", "literal"), n.size), default=None)
-    chain = "\n".join(lines)
-    hints = {
-        "bool": "`if`, `while`, `and`, `or`, `not` need a value: use tj.where(cond, a, b), tj.cond or tj.while_loop; "
-        "`&`, `|`, `~` work on arrays",
-        "index": "a loop count or index must be known while tracing: use a Python int argument, x.shape, tj.scan or np.take",
-        "NumPy array": "this NumPy function is not traceable here: return the tensor and call it on the result",
-    }
-    return ConcretizationError.make(
-        f"Python needs the {wanted} of an array, whose value is not known while tracing",
-        got={"x": tensor},
-        hint=hints.get(wanted, "return the tensor from the traced function and convert the result")
-        + f"\n  the value comes from\n{chain}",
-    )
-
-
-def wrap(value: Any) -> Any:
-    """A weak tensor for nothing, an array for everything: used by functions that accept any operand kind."""
-    return value if is_arraylike(value) or type(value) in WEAK_DTYPES else as_array(value)
+def lift(value: Any, ctx: TraceContext, like: Node) -> Tensor:
+    """A concrete scalar or array as a tensor with the shape and dtype of ``like`` (broadcast if need be)."""
+    if isinstance(value, Tensor):
+        return value
+    scalar = Tensor(to_node(np.asarray(value, dtype=like.dtype)[()], ctx), ctx)
+    return _f().broadcast_to(scalar, like.shape)
 
 
 __all__ = [
-    "FLOAT64",
-    "INT64",
     "Tensor",
     "TraceContext",
     "as_array",
     "aval_dtype",
     "bind",
     "check_alive",
-    "concretize",
     "context_of",
     "current_context",
     "is_arraylike",
+    "lift",
     "recording",
     "to_node",
+    "zeros",
 ]

@@ -1,4 +1,4 @@
-"""From a Python function and its arguments to a graph: one run with symbolic tensors. Called by ``jit.py`` on a cache miss."""
+"""From a Python function and its arguments to a graph: one run with symbolic tensors. Called on a cache miss."""
 
 from __future__ import annotations
 
@@ -7,13 +7,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import optree
 
-from tracejit import source
+from tracejit import source, trees
 from tracejit.dtypes import WEAK_DTYPES, canonical
 from tracejit.errors import TracingError
-from tracejit.graph import Graph, GuardInfo
-from tracejit.signature import NAMESPACE, Static
+from tracejit.graph import Graph, GuardInfo, Node
+from tracejit.signature import Static
 from tracejit.tensor import Tensor, TraceContext, is_arraylike, recording, to_node
 
 
@@ -59,12 +58,13 @@ def trace_function(
             if weak:
                 ctx.scalars[node] = leaf
             symbolic.append(Tensor(node, ctx, weak))
-        args, kwargs = optree.tree_unflatten(tree, symbolic)
+        args, kwargs = trees.unflatten(tree, symbolic)
         result = fn(*args, **kwargs)
-        out_leaves, out_tree = optree.tree_flatten(result, namespace=NAMESPACE)
-        names = _output_names(result)
+        out_leaves, out_tree = trees.flatten(result)
+        names = [path or "out" for path in trees.paths(result)]
         outputs: list[tuple[str, Any]] = []
-        nodes, node_names = [], []
+        nodes: list[Node] = []
+        node_names: list[str] = []
         for leaf, leaf_name in zip(out_leaves, names):
             if isinstance(leaf, Tensor) or (is_arraylike(leaf) and not isinstance(leaf, np.generic)):
                 outputs.append(("out", len(nodes)))
@@ -78,13 +78,10 @@ def trace_function(
             else:
                 outputs.append(("const", leaf))
     inputs = ctx.inputs
-    captures = tuple(array for array, _ in sorted(ctx.captured.values(), key=lambda item: item[1].attrs["index"]))
+    captures = tuple(
+        array for array, _ in sorted(ctx.captured.values(), key=lambda item: item[1].attrs["index"])
+    )
     graph = Graph.build(name, inputs, nodes, node_names, ctx.effects)
     # Guards are recorded by input position; the call path compares leaves.
     guards = tuple(GuardInfo(dynamic[g.index], g.value, g.source) for g in ctx.guards.values())
     return Traced(graph, tuple(dynamic), captures, guards, tuple(outputs), out_tree)
-
-
-def _output_names(result: Any) -> list[str]:
-    accessors, _, _ = optree.tree_flatten_with_accessor(result, namespace=NAMESPACE)
-    return [a.codify("") or "out" for a in accessors]

@@ -20,7 +20,9 @@ def viewer() -> Any:
     """The installed viewer object; TraceError if there is none."""
     for entry in importlib.metadata.entry_points(group="tracejit.viewers"):
         return entry.load()
-    raise TraceError.make("no viewer is installed", op="watch", hint="reinstall tracejit: pip install tracejit")
+    raise TraceError.make(
+        "no viewer is installed", op="watch", hint="reinstall tracejit: pip install tracejit"
+    )
 
 
 @contextlib.contextmanager

@@ -35,7 +35,9 @@ class NumpyBackend:
 
     def devices(self) -> list[DeviceInfo]:
         """The one host device."""
-        return [DeviceInfo("numpy", "numpy", "cpu", True, f"NumPy {np.__version__}, the reference interpreter")]
+        return [
+            DeviceInfo("numpy", "numpy", "cpu", True, f"NumPy {np.__version__}, the reference interpreter")
+        ]
 
     def to_device(self, array: np.ndarray, spec: str) -> Any:
         """Arrays stay where they are."""

@@ -29,7 +29,9 @@ _UFUNCS: dict[str, np.ufunc] = {
     "equal": np.equal, "not_equal": np.not_equal, "less": np.less, "less_equal": np.less_equal,
     "greater": np.greater, "greater_equal": np.greater_equal, "logical_not": np.logical_not, "invert": np.invert,
 }  # fmt: skip
-_FREE = frozenset({"const", "literal", "input", "proj", "reshape", "transpose", "broadcast_to", "slice", "flip"})
+_FREE = frozenset(
+    {"const", "literal", "input", "proj", "reshape", "transpose", "broadcast_to", "slice", "flip"}
+)
 
 
 @dataclass(slots=True)
@@ -65,7 +67,8 @@ class Interpreter:
         order = [n for n in graph.nodes if n.op.name != "input"]
         operands = {n: self._operands(n) for n in order}
         used = {i for n in order for i in operands[n]} | set(graph.outputs)
-        order = [n for n in order if n in used or "effect" in n.op.traits]
+        effects = set(graph.effects)
+        order = [n for n in order if n in used or n in effects]
         # A view keeps its base alive: liveness is that of the base.
         base: dict[Node, Node] = {}
         last: dict[Node, int] = {}
@@ -97,7 +100,12 @@ class Interpreter:
                 for o in args:
                     b = base.get(o, o)
                     # Only a buffer that some step here made, that nothing else views, and that fits may be overwritten.
-                    reusable = b is o and b in dead and b.op.name not in ("const", "literal", "input") and len(members[b]) == 1
+                    reusable = (
+                        b is o
+                        and b in dead
+                        and b.op.name not in ("const", "literal", "input")
+                        and len(members[b]) == 1
+                    )
                     if reusable and b.shape == n.shape and b.dtype == n.dtype and b.op.elementwise:
                         out = graph.id(b)
                         break

@@ -71,7 +71,8 @@ def test_value(op: registry.Op, index: int, device: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("op", "index"), [c for c in CASES if c.values[0].vjp is not registry.NONDIFFERENTIABLE]  # type: ignore[attr-defined]
+    ("op", "index"),
+    [c for c in CASES if c.values[0].vjp is not registry.NONDIFFERENTIABLE],  # type: ignore[attr-defined]
 )
 def test_gradient(op: registry.Op, index: int, device: str) -> None:
     """The gradient graph on the device equals the gradient graph on the reference backend."""

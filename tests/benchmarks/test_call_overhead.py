@@ -55,7 +55,9 @@ def _empty_backend() -> None:
 
 
 def _nested() -> dict[str, Any]:
-    return {f"layer{i}": {k: np.zeros((4, 4), np.float32) for k in ("w", "b", "gain", "shift")} for i in range(5)}
+    return {
+        f"layer{i}": {k: np.zeros((4, 4), np.float32) for k in ("w", "b", "gain", "shift")} for i in range(5)
+    }
 
 
 @tj.trace(device="empty")

@@ -148,6 +148,7 @@ def test_callable_argument_is_static() -> None:
 
 
 SCALE = 2.0
+BIAS = np.float32(1)
 TABLE = np.array([1.0, 2.0, 3.0], np.float32)
 
 
@@ -267,7 +268,7 @@ def test_attributes_of_self_are_watched() -> None:
 
 def test_default_arguments_work_and_can_be_overridden() -> None:
     @tj.trace
-    def f(x, scale=2.0, bias=np.float32(1)):
+    def f(x, scale=2.0, bias=BIAS):
         return x * scale + bias
 
     np.testing.assert_array_equal(f(X), X * 2 + 1)
@@ -310,7 +311,7 @@ def test_static_argnames_take_part_by_value() -> None:
 
 
 def test_unknown_static_argname_is_refused_at_decoration() -> None:
-    with pytest.raises(tj.TracingError, match="'m'.*not a parameter"):
+    with pytest.raises(tj.TracingError, match=r"'m'.*not a parameter"):
 
         @tj.trace(static_argnames="m")
         def f(x, n):

@@ -8,7 +8,18 @@ import pytest
 from tracejit.ops import registry
 
 OPS = list(registry.all_ops())
-_NO_SAMPLES = {"input", "const", "literal", "iota", "proj", "custom_vjp", "print", "cond", "while_loop", "scan"}
+_NO_SAMPLES = {
+    "input",
+    "const",
+    "literal",
+    "iota",
+    "proj",
+    "custom_vjp",
+    "print",
+    "cond",
+    "while_loop",
+    "scan",
+}
 
 
 def test_there_are_ops_and_not_too_many() -> None:

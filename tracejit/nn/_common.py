@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from tracejit import tensor as _tensor
-from tracejit.autograd import custom_vjp
+from tracejit.custom import custom_vjp
 from tracejit.dtypes import DType
 from tracejit.errors import DTypeError, ShapeError
 from tracejit.ops import registry

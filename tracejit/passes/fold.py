@@ -14,12 +14,20 @@ def fold_constants(graph: Graph) -> Graph:
     """Replace scalar nodes whose operands are all constants by their value, computed by the op's NumPy reference."""
 
     def rule(builder: GraphBuilder, node: Node, inputs: tuple[Node, ...]) -> Node | None:
-        if node.op.name in _NEVER or node.shape != () or node.avals or not inputs or "effect" in node.op.traits:
+        if (
+            node.op.name in _NEVER
+            or node.shape != ()
+            or node.avals
+            or not inputs
+            or "effect" in node.op.traits
+        ):
             return None
         if not all(i.op.name == "const" for i in inputs):
             return None
         with np.errstate(all="ignore"):
-            value = node.op.reference(*(np.asarray(i.attrs["value"], dtype=i.dtype) for i in inputs), **node.attrs)
+            value = node.op.reference(
+                *(np.asarray(i.attrs["value"], dtype=i.dtype) for i in inputs), **node.attrs
+            )
         return builder.const(np.asarray(value).item(), node.dtype, like=node)
 
     return graph.rewrite(rule)

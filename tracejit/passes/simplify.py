@@ -112,7 +112,12 @@ def _div(b: GraphBuilder, node: Node, inputs: tuple[Node, ...]) -> Node | None:
         return None
     if divisor == 1:
         return x
-    if node.dtype.kind == "f" and _power_of_two(divisor) and abs(divisor) < 2.0**14 and abs(divisor) > 2.0**-14:
+    if (
+        node.dtype.kind == "f"
+        and _power_of_two(divisor)
+        and abs(divisor) < 2.0**14
+        and abs(divisor) > 2.0**-14
+    ):
         factor = b.const(1.0 / divisor, node.dtype, like=node)
         if node.shape != ():
             factor = b.add("broadcast_to", (factor,), {"shape": node.shape}, like=node)
@@ -143,7 +148,9 @@ def _convert(b: GraphBuilder, node: Node, inputs: tuple[Node, ...]) -> Node | No
     if x.op.name == "convert":
         inner = x.inputs[0]
         # Widening first loses nothing, so both steps are one.
-        if np.can_cast(inner.dtype, x.dtype, "safe") and not (inner.dtype.kind == "b" and node.dtype.kind == "b"):
+        if np.can_cast(inner.dtype, x.dtype, "safe") and not (
+            inner.dtype.kind == "b" and node.dtype.kind == "b"
+        ):
             if inner.dtype == node.dtype:
                 return inner
             return b.add("convert", (inner,), {"dtype": node.dtype}, like=node)
