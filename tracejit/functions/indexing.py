@@ -309,7 +309,7 @@ def take_along_axis(arr: Any, indices: Any, axis: Any = -1) -> Any:
         )
     if not isinstance(indices, Tensor):
         check_bounds(indices, x.shape[axis], axis, "take_along_axis", x)
-    other = [(s[:axis] + (1,) + s[axis + 1 :]) for s in (x.shape, index.shape)]
+    other = [((*s[:axis], 1, *s[axis + 1:])) for s in (x.shape, index.shape)]
     common = list(pr.broadcast_shapes("take_along_axis", (x, index), other))
     x, index = (pr.broadcast_to(t, (*common[:axis], t.shape[axis], *common[axis + 1 :])) for t in (x, index))
     return gather.take_along_axis(x, index, axis=axis)
