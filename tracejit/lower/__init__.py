@@ -12,6 +12,7 @@ from tracejit.lower import memory, schedule
 from tracejit.lower.fusion import Fusion
 from tracejit.lower.kernels import KernelBuilder, Unfusable
 from tracejit.lower.prepare import Prepared
+from tracejit.lower.siblings import merge_siblings
 from tracejit.program import Capabilities, Kernel, Program
 
 _ATTEMPTS = 64
@@ -31,6 +32,7 @@ def lower(graph: Graph, capabilities: Capabilities) -> Program:
 def _lower(graph: Graph, caps: Capabilities, forced: frozenset[int]) -> Program:
     prepared = Prepared(graph, caps)
     fusion = Fusion(prepared, caps, forced)
+    merge_siblings(fusion)
     builder = KernelBuilder(fusion)
     kernels: list[Kernel] = []
     ranks: list[int] = []

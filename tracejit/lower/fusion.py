@@ -15,6 +15,7 @@ from math import prod
 from tracejit.lower import affine
 from tracejit.lower.affine import Map
 from tracejit.lower.analysis import FREE_FACTOR, analyse, strip
+from tracejit.lower.attention import match_attention, place_attention
 from tracejit.lower.cluster import Cluster, can_carry
 from tracejit.lower.prepare import Prepared
 from tracejit.lower.values import ATTENTION, CONST, DOT, LEAF, MAP, OP, PROJ, REDUCE, VIEW, Value
@@ -40,6 +41,7 @@ class Fusion:
         #: Operand side of each product.
         self.regions: dict[Value, Cluster] = {}
         self._bits = 0
+        match_attention(prepared, caps, self.decisions)
         values = prepared.values
         analyse(values, prepared.outputs, caps)
         for v in prepared.outputs:
@@ -182,8 +184,6 @@ class Fusion:
             self.visit_op(v)
             return
         if v.kind == ATTENTION:
-            from tracejit.lower.attention import place_attention
-
             place_attention(self, v)
             return
         if not v.maps and not v.required:

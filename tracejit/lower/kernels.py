@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from tracejit.lower import affine, costs
+from tracejit.lower.attention import attention_kernel
 from tracejit.lower.cluster import Cluster, operand_maps
 from tracejit.lower.coalesce import coalesce, coalesce_contract
 from tracejit.lower.emit import BodyEmitter, accumulator
@@ -82,8 +83,6 @@ class KernelBuilder:
         if c.kind == "op":
             return self.op_kernel(c)
         if c.kind == "attention":
-            from tracejit.lower.attention import attention_kernel
-
             return attention_kernel(self, c)
         if c.contract is not None:
             return self.contract_kernel(c) if c.contract.kind == DOT else self.conv_kernel(c)

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from tracejit.lower import affine
-from tracejit.lower.fusion import Fusion
 from tracejit.lower.values import LEAF, OP, PROJ, Value
+
+if TYPE_CHECKING:
+    from tracejit.lower.fusion import Fusion
 
 
 @dataclass(frozen=True)
