@@ -129,8 +129,9 @@ def _tensor_rows(item: Item, node: Node, scene: Scene) -> list[tuple[str, str]]:
         rows.append(("size", bytes_text(node.nbytes)))
     if node.name:
         rows.append(("name", node.name))
-    if node.op == "const" and "value" in node.attrs:
-        value = node.attrs["value"]
+    root = scene.model.nodes[node.constant] if node.constant is not None else node
+    if root.op == "const" and "value" in root.attrs:
+        value = root.attrs["value"]
         bits = exact_bits(value, node.dtype)
         rows.append(("value (exact)", f"{value_text(value, 16)}  {bits}".strip()))
     if node.attrs.get("consts"):
@@ -139,7 +140,8 @@ def _tensor_rows(item: Item, node: Node, scene: Scene) -> list[tuple[str, str]]:
         if key not in HIDDEN_ATTRS:
             rows.append((key, value_text(value)))
     for s in node.inputs:  # scalar constants it uses, exactly: the mask's -1e9, the scale's 0.1767767
-        n = scene.model.nodes[s]
+        c = scene.model.nodes[s].constant
+        n = scene.model.nodes[c if c is not None else s]
         if n.op == "const" and n.size == 1 and "value" in n.attrs:
             rows.append((f"constant #{n.id}", f"{value_text(n.attrs['value'])}  {exact_bits(n.attrs['value'], n.dtype)}".strip()))
     if item.kind == "group":

@@ -11,21 +11,22 @@ from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 
 from .labels import composite_category, constant_text, node_label, shape_text, short_name
-from .model import FORWARD, GRADIENT, OPTIMIZER, GraphModel, Node
-
-Path = tuple[str, ...]
+from .model import GRADIENT, OPTIMIZER, GraphModel, Node
+from .scopes import SHARED, Fold, Path, Placed, apply_folds, find_folds, home_scopes, optimizer_scopes
 
 #: Up to this many visible nodes everything is shown; above it composites (softmax, layer_norm, ...) start collapsed,
 #: above ``COLLAPSE_ALL_ABOVE`` every innermost scope does.
-COLLAPSE_ABOVE = 90
+COLLAPSE_ABOVE = 40
 COLLAPSE_ALL_ABOVE = 420
-_COMPOSITE = re.compile(
-    r"^(ln|(layer|rms|batch|group)?_?norm|(log_)?softmax|logsumexp|gelu|silu|swish|elu|selu|softplus|sigmoid|relu|"
-    r"dropout|cross_entropy|mse(_loss)?|var|std|embedding|one_hot|clip_by.*|max_pool2d|avg_pool2d)(_?\d+|_f)?$"
-)
 #: Below this many computed nodes repeated blocks start unfolded.
 FOLD_ABOVE = 260
 CHUNK = 320  # a scope with more direct children than this is cut into numbered parts
+
+_COMPOSITE = re.compile(
+    r"^(ln|(layer|rms|batch|group)?_?norm|(log_)?softmax|logsumexp|gelu|silu|swish|elu|selu|softplus|sigmoid|relu|"
+    r"dropout|cross_entropy|mse(_loss)?|mean|var|std|embedding|one_hot|clip_by.*|max_pool2d|avg_pool2d)"
+    r"(_?\d+|_f)?( #\d+)?$"
+)
 
 
 @dataclass(slots=True)
@@ -52,22 +53,13 @@ class Item:
         return self.nodes[0]
 
 
-@dataclass(slots=True)
-class Fold:
-    """Equal sibling scopes drawn once: ``stem x count``."""
-
-    key: Path  # parent path + (display name,)
-    members: tuple[Path, ...]
-
-
 @dataclass
 class Choices:
-    """The user's open/closed state; survives a new arrangement."""
+    """The user's open/closed state; survives a new arrangement. None means: decide by size."""
 
     opened: set[tuple[str, Path]] = field(default_factory=set)  # (phase, scope) forced open
     closed: set[tuple[str, Path]] = field(default_factory=set)  # forced closed
-    unfolded: set[Path] = field(default_factory=set)
-    fold_repeats: bool | None = None  # None: decide by size
+    fold_repeats: bool | None = None
     collapse: bool | None = None
 
 
@@ -80,139 +72,23 @@ class Arrangement:
     item_of: list[int]  # node -> item (the first one, for copied constants)
     folds: dict[Path, Fold]
     collapsible: set[tuple[str, Path]]
-    linear: list[int]  # item order of execution
-
-
-_TRAILING = re.compile(r"[\[._-]?\d+\]?$")
-
-
-def stem_of(name: str) -> str:
-    """``block12`` -> ``block``, ``layers[3]`` -> ``layers``; the name itself when it carries no number."""
-    return _TRAILING.sub("", name) or name
 
 
 def arrange(model: GraphModel, choices: Choices | None = None) -> Arrangement:
     """Decide the cards. Deterministic in the graph and the choices."""
     choices = choices or Choices()
-    nodes = model.nodes
-    computed = sum(1 for n in nodes if not n.is_source and n.phase != OPTIMIZER)
+    computed = sum(1 for n in model.nodes if not n.is_source and n.phase != OPTIMIZER)
     fold_on = choices.fold_repeats if choices.fold_repeats is not None else computed > FOLD_ABOVE
-    scope = _home_scopes(model)
+    scope = home_scopes(model)
     folds = find_folds(model, scope) if fold_on else {}
-    folds = {k: f for k, f in folds.items() if k not in choices.unfolded}
-    shown, instance = _apply_folds(scope, folds)
-    _chunk_flat(model, shown)
-    closed, collapsible = _closed_groups(model, shown, choices, folds)
-    return _build(model, shown, instance, closed, collapsible, folds)
-
-
-def _home_scopes(model: GraphModel) -> list[Path]:
-    """Scope path of every node, with unscoped nodes put beside what they compute with."""
-    nodes = model.nodes
-    scope: list[Path] = [n.scope for n in nodes]
-    scoped = any(n.scope for n in nodes)
-    _optimizer_scopes(model, scope)
-    if not scoped:
-        return scope
-    for n in nodes:
-        if not scope[n.id] and n.inputs and n.phase != OPTIMIZER:
-            near = [scope[s] for s in n.inputs if not nodes[s].is_source and nodes[s].phase == n.phase and scope[s]]
-            near += [scope[s] for s in n.inputs if not nodes[s].is_source and scope[s]]
-            if near:
-                scope[n.id] = near[-1][:1]
-    for n in reversed(nodes):
-        if not scope[n.id] and n.users and n.phase != OPTIMIZER:
-            near = [u for u in n.users if nodes[u].phase == n.phase and scope[u]] or [u for u in n.users if scope[u]]
-            if near:
-                scope[n.id] = scope[min(near)] if n.is_source else scope[min(near)][:1]
-    return scope
-
-
-def _optimizer_scopes(model: GraphModel, scope: list[Path]) -> None:
-    """One scope per updated parameter, named after it; shared scalars stay in the scope ``shared``."""
-    nodes = model.nodes
-    parent: dict[int, int] = {}
-
-    def find(v: int) -> int:
-        while parent[v] != v:
-            parent[v] = parent[parent[v]]
-            v = parent[v]
-        return v
-
-    update = [n for n in nodes if n.phase == OPTIMIZER and not n.is_source]
-    if not update:
-        return
-    for n in update:  # join through tensors, never through scalars (learning rate, step count, global norm)
-        if n.size == 1 and len(n.users) != 1:
-            continue
-        for s in n.inputs:
-            if nodes[s].size > 1 or (not nodes[s].is_source and len(nodes[s].users) == 1):
-                for v in (n.id, s):
-                    parent.setdefault(v, v)
-                parent[find(n.id)] = find(s)
-    members: dict[int, list[Node]] = defaultdict(list)
-    for v in parent:
-        members[find(v)].append(nodes[v])
-    name_of: dict[int, str] = {}
-    taken: Counter[str] = Counter()
-    for root, group in sorted(members.items(), key=lambda kv: min(n.id for n in kv[1])):
-        group.sort(key=lambda n: n.id)
-        named = [n for n in group if n.op == "input" and n.name]
-        forward = [n for n in named if any(nodes[u].phase == FORWARD for u in n.users)]
-        label = short_name((forward or named or group)[0].name or "update", parts=3)
-        taken[label] += 1
-        name_of[root] = label if taken[label] == 1 else f"{label} ({taken[label]})"
-    for n in update:
-        scope[n.id] = (name_of[find(n.id)],) if n.id in parent else ("shared",)
-    for n in reversed(nodes):
-        if n.is_source and n.phase == OPTIMIZER and n.users:
-            scope[n.id] = scope[n.users[0]]
-
-
-def find_folds(model: GraphModel, scope: list[Path]) -> dict[Path, Fold]:
-    """Runs of three or more sibling scopes with the same forward structure."""
-    members: dict[Path, list[tuple[str, tuple[int, ...], Path]]] = defaultdict(list)
-    for n in model.nodes:
-        if n.phase == FORWARD and not n.is_source:
-            path = scope[n.id]
-            for i in range(len(path)):
-                members[path[: i + 1]].append((n.op, n.shape, path[i + 1 :]))
-    siblings: dict[tuple[Path, str], list[Path]] = defaultdict(list)
-    for path in members:
-        if stem_of(path[-1]) != path[-1]:
-            siblings[path[:-1], stem_of(path[-1])].append(path)
-    out: dict[Path, Fold] = {}
-    for (parent, stem), paths in siblings.items():
-        alike: dict[int, list[Path]] = defaultdict(list)
-        for p in paths:
-            alike[hash(tuple(sorted(members[p])))].append(p)
-        for group in alike.values():
-            if len(group) >= 3:
-                key = (*parent, f"{stem} × {len(group)}")
-                out[key] = Fold(key, tuple(group))
-    # a fold inside a folded block would be counted twice: keep the outermost
-    inside = {m for f in out.values() for m in f.members}
-    return {k: f for k, f in out.items() if not any(k[:i] in inside for i in range(1, len(k)))}
-
-
-def _apply_folds(scope: list[Path], folds: dict[Path, Fold]) -> tuple[list[Path], list[int]]:
-    """Paths with block numbers replaced by the fold's name, and which block each node came from (-1: none)."""
-    where: dict[Path, tuple[Path, int]] = {}
-    for fold in folds.values():
-        for k, member in enumerate(fold.members):
-            where[member] = (fold.key, k)
-    shown: list[Path] = []
-    instance: list[int] = []
-    for path in scope:
-        new, inst = path, -1
-        for i in range(len(path)):
-            hit = where.get(path[: i + 1])
-            if hit:
-                new, inst = (*hit[0], *path[i + 1 :]), hit[1]
-                break
-        shown.append(new)
-        instance.append(inst)
-    return shown, instance
+    placed = apply_folds(model, scope, folds)
+    optimizer_scopes(model, placed)
+    _chunk_flat(model, placed.shown)
+    closed, collapsible = _closed_groups(model, placed, choices)
+    builder = _Builder(model, placed, closed)
+    builder.build()
+    _merge_single_scopes(builder.items)
+    return Arrangement(builder.items, builder.links, builder.item_of, folds, collapsible)
 
 
 def _chunk_flat(model: GraphModel, shown: list[Path]) -> None:
@@ -226,28 +102,24 @@ def _chunk_flat(model: GraphModel, shown: list[Path]) -> None:
             for k, v in enumerate(ids):
                 a = k // CHUNK * CHUNK
                 shown[v] = (*path, f"ops {a + 1}–{min(a + CHUNK, len(ids))}")
-    for n in reversed(model.nodes):
-        if n.is_source and n.users:
-            shown[n.id] = shown[min(n.users)] if n.phase != OPTIMIZER else shown[n.id]
 
 
 def _closed_groups(
-    model: GraphModel, shown: list[Path], choices: Choices, folds: dict[Path, Fold]
+    model: GraphModel, placed: Placed, choices: Choices
 ) -> tuple[set[tuple[str, Path]], set[tuple[str, Path]]]:
     """Which scopes start as one card, and which could be."""
-    count: Counter[tuple[str, Path]] = Counter()
+    seen: dict[tuple[str, Path], set[object]] = defaultdict(set)
     parents: set[tuple[str, Path]] = set()
     for n in model.nodes:
         if n.is_source:
             continue
-        path = shown[n.id]
+        path = placed.shown[n.id]
+        key = placed.merge[n.id]
         for i in range(1, len(path) + 1):
-            count[n.phase, path[:i]] += 1
+            seen[n.phase, path[:i]].add(n.id if key is None else key)
             if i > 1:
                 parents.add((n.phase, path[: i - 1]))
-    for phase, path in list(count):
-        copies = max((len(f.members) for k, f in folds.items() if path[: len(k)] == k), default=1)
-        count[phase, path] //= copies
+    count = {g: len(keys) for g, keys in seen.items()}
     visible = sum(c for (phase, path), c in count.items() if len(path) == 1 and phase != OPTIMIZER)
     collapsible = {g for g, c in count.items() if c > 1}
     closed: set[tuple[str, Path]] = set()
@@ -255,11 +127,13 @@ def _closed_groups(
         forced = choices.collapse is True
         for g in collapsible:
             phase, path = g
-            leaf = g not in parents and not path[-1].startswith("ops ")
-            if not leaf:
+            if g in parents and not _COMPOSITE.match(path[-1]):
+                continue
+            if path[-1].startswith("ops "):
                 continue
             if phase == OPTIMIZER:
-                closed.add(g)
+                if count[g] > 2:
+                    closed.add(g)
             elif _COMPOSITE.match(path[-1]):
                 if forced or visible > COLLAPSE_ABOVE:
                     closed.add(g)
@@ -270,152 +144,180 @@ def _closed_groups(
     return closed, collapsible
 
 
-def _build(
-    model: GraphModel,
-    shown: list[Path],
-    instance: list[int],
-    closed: set[tuple[str, Path]],
-    collapsible: set[tuple[str, Path]],
-    folds: dict[Path, Fold],
-) -> Arrangement:
-    nodes = model.nodes
-    items: list[Item] = []
-    item_of = [-1] * len(nodes)
-    slot: dict[object, int] = {}
-    behind: list[list[int]] = []
-    occurrence: Counter[object] = Counter()
+class _Builder:
+    """Makes items and the edges between them."""
 
-    def closed_prefix(phase: str, path: Path) -> Path | None:
+    def __init__(self, model: GraphModel, placed: Placed, closed: set[tuple[str, Path]]) -> None:
+        self.model, self.placed, self.closed = model, placed, closed
+        self.items: list[Item] = []
+        self.behind: list[list[int]] = []
+        self.item_of = [-1] * len(model.nodes)
+        self.links: dict[tuple[int, int], tuple[int, int]] = {}
+        self._slot: dict[object, int] = {}
+        self._occurrence: Counter[object] = Counter()
+
+    def build(self) -> None:
+        """Computed nodes first, then what they read, then the edges, then the words."""
+        nodes, placed = self.model.nodes, self.placed
+        for n in nodes:
+            if n.is_source:
+                continue
+            path = placed.shown[n.id]
+            group = self._closed_prefix(n.phase, path)
+            key: object
+            if group is not None:
+                key = (n.phase, group)
+                self.item_of[n.id] = self._item(key, n, "group", group[:-1] or group, group)
+            else:
+                key = n.id if placed.merge[n.id] is None else placed.merge[n.id]
+                self.item_of[n.id] = self._item(key, n, "node", path)
+        for n in reversed(nodes):  # a view of a constant is placed before the constant behind it
+            if n.is_source:
+                self._place_source(n)
+        for n in nodes:
+            if not n.is_source:
+                self._connect(n)
+        for item, ids in zip(self.items, self.behind):
+            _describe(item, ids, self.model)
+
+    def _closed_prefix(self, phase: str, path: Path) -> Path | None:
         for i in range(1, len(path) + 1):
-            if (phase, path[:i]) in closed:
+            if (phase, path[:i]) in self.closed:
                 return path[:i]
         return None
 
-    def new_item(key: object, n: Node, kind: str, path: Path, group: Path = ()) -> int:
-        i = slot.get(key)
+    def _item(self, key: object, n: Node, kind: str, path: Path, group: Path = ()) -> int:
+        i = self._slot.get(key)
         if i is None:
-            i = slot[key] = len(items)
-            items.append(Item(i, kind, (), n.id, n.phase, path, "", "", n.category, 0, 0, group))
-            behind.append([])
-        behind[i].append(n.id)
+            i = self._slot[key] = len(self.items)
+            self.items.append(Item(i, kind, (), n.id, n.phase, path, "", "", n.category, 0, 0, group))
+            self.behind.append([])
+        self.behind[i].append(n.id)
         return i
 
-    for n in nodes:
-        if n.is_source:
-            continue
-        path = shown[n.id]
-        group = closed_prefix(n.phase, path)
-        if group is not None:
-            item_of[n.id] = new_item((n.phase, group), n, "group", group[:-1] or group, group)
-        elif instance[n.id] >= 0:
-            base = (n.phase, path, n.op, n.shape)
-            k = occurrence[base, instance[n.id]]
-            occurrence[base, instance[n.id]] += 1
-            item_of[n.id] = new_item((base, k), n, "node", path)
-        else:
-            item_of[n.id] = new_item(n.id, n, "node", path)
-    links: dict[tuple[int, int], tuple[int, int]] = {}
-    for n in nodes:
-        if n.is_source:
-            _place_source(n, nodes, shown, instance, items, item_of, occurrence, new_item, links)
-    for n in nodes:
-        if n.is_source:
-            continue
-        b = item_of[n.id]
+    def _connect(self, n: Node) -> None:
+        nodes, member, shown = self.model.nodes, self.placed.member, self.placed.shown
+        b = self.item_of[n.id]
         for s in n.inputs:
-            if nodes[s].is_source:
+            a = self.item_of[s]
+            if nodes[s].is_source or a == b:
                 continue
-            a = item_of[s]
-            if a == b:
-                continue
-            other = instance[s] >= 0 and instance[n.id] >= 0 and instance[s] != instance[n.id]
-            if other and shown[s][:1] == shown[n.id][:1]:
-                continue  # from one repeat of a block to the next: the fold's name says it
-            links.setdefault((a, b), (s, n.id))
-    for it, ids in zip(items, behind):
-        _describe(it, ids, model)
-    linear = sorted(range(len(items)), key=lambda i: items[i].nodes[0])
-    return Arrangement(items, links, item_of, folds, collapsible, linear)
+            if member[s] >= 0 and member[n.id] >= 0 and member[s] != member[n.id]:
+                if nodes[s].phase != n.phase or shown[s][:1] == shown[n.id][:1]:
+                    continue  # from one repeat of a block to the next: the fold's name says it
+            self.links.setdefault((a, b), (s, n.id))
 
-
-def _place_source(n, nodes, shown, instance, items, item_of, occurrence, new_item, links) -> None:  # type: ignore[no-untyped-def]
-    """Inputs beside their first user; constants beside every user (absorbed by a collapsed one)."""
-    if not n.users:
-        item_of[n.id] = new_item(n.id, n, "node", shown[n.id])
-        return
-    users = sorted(n.users, key=lambda u: (nodes[u].phase != n.phase, u))
-    if n.category != "constant":
-        first = items[item_of[users[0]]]
-        home = first.path
+    def _place_source(self, n: Node) -> None:
+        """Inputs beside their first user; constants beside every user (absorbed by a collapsed one)."""
+        nodes, placed = self.model.nodes, self.placed
+        users = [u for u in n.users if not nodes[u].is_source]
+        if not users:
+            views = [u for u in n.users if self.item_of[u] >= 0]
+            if views:  # only its views are used: they stand for it
+                i = self.item_of[n.id] = self.item_of[views[0]]
+                self.behind[i].append(n.id)
+            else:
+                self.item_of[n.id] = self._item(n.id, n, "node", placed.shown[n.id])
+            return
+        users.sort(key=lambda u: (nodes[u].phase != n.phase, u))
+        if n.category == "constant":
+            self._place_constant(n, users)
+            return
+        first = self.items[self.item_of[users[0]]]
+        home = first.path if first.kind == "node" or first.path != first.group else first.group
         key: object = n.id
-        if instance[users[0]] >= 0:
-            base = (n.phase, home, first.index, n.op, n.shape, _input_stem(n.name))
-            k = occurrence[base, instance[users[0]]]
-            occurrence[base, instance[users[0]]] += 1
+        repeat = placed.member[users[0]]
+        if repeat >= 0:
+            base = (n.phase, home, first.index, n.op, n.shape, re.sub(r"\d+", "#", n.name))
+            k = self._occurrence[base, repeat]
+            self._occurrence[base, repeat] += 1
             key = (base, k)
-        i = item_of[n.id] = new_item(key, n, "node", home)
+        i = self.item_of[n.id] = self._item(key, n, "node", home)
         for u in users:
-            j = item_of[u]
-            # a repeat's own input feeds that repeat only; drawn from the folded card it feeds the folded users
-            if j != i:
-                links.setdefault((i, j), (n.id, u))
-        return
-    scalar = n.size == 1
-    for u in users:
-        j = item_of[u]
-        user = items[j]
-        if user.kind == "group":
-            if item_of[n.id] < 0:
-                item_of[n.id] = j
-            continue
-        key = ("const", n.id if instance[u] < 0 else _constant_key(n), user.path, j if scalar else -1, user.phase)
-        i = new_item(key, n, "node", user.path)
-        items[i].phase = user.phase
-        if item_of[n.id] < 0 or items[item_of[n.id]].kind == "group":
-            item_of[n.id] = i
-        links.setdefault((i, j), (n.id, u))
+            if self.item_of[u] != i:
+                self.links.setdefault((i, self.item_of[u]), (n.id, u))
+
+    def _place_constant(self, n: Node, users: list[int]) -> None:
+        root = self.model.nodes[n.constant if n.constant is not None else n.id]
+        value = (root.op, root.shape, root.dtype, repr(root.attrs), n.op, n.shape)
+        for u in users:
+            j = self.item_of[u]
+            user = self.items[j]
+            if user.kind == "group":
+                if self.item_of[n.id] < 0:
+                    self.item_of[n.id] = j
+                    self.behind[j].append(n.id)
+                continue
+            beside = j if root.size == 1 else -1
+            i = self._item(("const", value, user.path, beside, user.phase), n, "node", user.path)
+            self.items[i].phase = user.phase
+            if self.item_of[n.id] < 0 or self.items[self.item_of[n.id]].kind == "group":
+                self.item_of[n.id] = i
+            self.links.setdefault((i, j), (n.id, u))
 
 
-def _constant_key(n: Node) -> object:
-    return (n.op, n.shape, n.dtype, repr(n.attrs))
-
-
-def _input_stem(name: str) -> str:
-    return re.sub(r"\d+", "#", name)
+def _merge_single_scopes(items: list[Item]) -> None:
+    """A scope that holds nothing but one scope is drawn as one frame: ``qkv / linear`` becomes ``qkv``."""
+    while True:
+        direct: set[tuple[str, Path]] = set()
+        children: dict[tuple[str, Path], set[Path]] = defaultdict(set)
+        for it in items:
+            if it.path:
+                direct.add((it.phase, it.path))
+                for i in range(1, len(it.path)):
+                    children[it.phase, it.path[:i]].add(it.path[: i + 1])
+        single = {(p, next(iter(kids))) for (p, path), kids in children.items() if len(kids) == 1 and (p, path) not in direct}
+        if not single:
+            return
+        for it in items:
+            for i in range(len(it.path), 1, -1):
+                if (it.phase, it.path[:i]) in single:
+                    it.path = (*it.path[: i - 1], *it.path[i:])
 
 
 def _describe(it: Item, ids: list[int], model: GraphModel) -> None:
     """Label, detail line, category and size of a card."""
     nodes = model.nodes
     it.nodes = tuple(dict.fromkeys(ids))
-    it.head = it.nodes[-1] if it.kind == "group" else it.nodes[0]
-    head = nodes[it.head]
     if it.kind == "group":
-        name = it.group[-1]
-        it.label = name if it.phase != GRADIENT else f"{name}′"
-        own = [nodes[v] for v in it.nodes if not nodes[v].is_source]
-        if it.phase == OPTIMIZER:
-            it.label = name
-            it.detail = f"{len(own)} ops" if name == "shared" else f"update · {len(own)} ops"
-            it.category = "elementwise"
-        else:
-            it.detail = shape_text(head.shape) or "scalar"
-            it.category = composite_category(name, [n.category for n in own], model.ops)
-        it.width, it.height = max(104.0, 7.9 * len(it.label) + 26, 5.8 * len(it.detail) + 22), 42.0
-        return
+        own = [v for v in it.nodes if not nodes[v].is_source]
+        it.nodes = tuple(sorted(it.nodes))
+        it.head = max(own, default=it.nodes[-1])
+        _describe_group(it, [nodes[v] for v in own], nodes[it.head], model)
+    else:
+        it.head = it.nodes[0]
+        _describe_node(it, nodes[it.head], model)
+    it.width = round(it.width)
+
+
+def _describe_group(it: Item, own: list[Node], head: Node, model: GraphModel) -> None:
+    name = it.group[-1]
+    it.label = name if it.phase != GRADIENT else f"{name}′"
+    it.detail = shape_text(head.shape) or "scalar"
+    if it.phase == OPTIMIZER:
+        it.label = name
+        it.detail = f"{len(own)} ops" if name == SHARED else f"update · {len(own)} ops"
+        it.category = "elementwise"
+    else:
+        it.category = composite_category(name.partition(" #")[0], [n.category for n in own], model.ops)
+    if model.loss is not None and model.loss in it.nodes:
+        it.label, it.category = f"{it.label} → loss", "loss"
+    it.width, it.height = max(104.0, 7.9 * len(it.label) + 26, 5.8 * len(it.detail) + 22), 42.0
+
+
+def _describe_node(it: Item, head: Node, model: GraphModel) -> None:
     it.copies = len(it.nodes)
     it.category = head.category
     if head.category == "constant":
-        it.label, it.detail = constant_text(head), ""
+        it.copies = 1
+        it.label, it.detail = constant_text(model.nodes[head.constant if head.constant is not None else head.id]), ""
         it.width, it.height = max(58.0, 6.6 * len(it.label) + 30), 30.0
     elif head.category in ("parameter", "input"):
         it.label, it.detail = short_name(head.name) or "input", shape_text(head.shape)
-        base, height = (78.0, 32.0) if head.category == "parameter" else (96.0, 40.0)
+        base, it.height = (78.0, 32.0) if head.category == "parameter" else (96.0, 40.0)
         it.width = max(base, 7.4 * len(it.label) + 28, 5.4 * len(it.detail) + 28)
-        it.height = height
     else:
         it.label, it.detail = node_label(head), shape_text(head.shape) or "scalar"
         if model.loss == it.head:
             it.label = f"{it.label} → loss"
         it.width, it.height = max(104.0, 7.9 * len(it.label) + 26, 5.8 * len(it.detail) + 22), 42.0
-    it.width = round(it.width)

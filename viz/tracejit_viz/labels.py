@@ -54,6 +54,11 @@ def short_name(name: str, parts: int = 2) -> str:
     return ".".join(tail)
 
 
+def short_stem(name: str) -> str:
+    """A parameter's name without block numbers: ``blocks[3].norm1.weight`` -> ``blocks.norm1.weight``."""
+    return short_name(re.sub(r"\[\d+\]|(?<=[._])\d+(?=[._])", "", name), parts=3)
+
+
 def shape_text(shape: tuple[int, ...]) -> str:
     """``(8, 64, 256)`` -> ``8·64·256``; the empty string for a scalar."""
     return "·".join(map(str, shape))

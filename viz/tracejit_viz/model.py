@@ -57,11 +57,12 @@ class Node:
     phase: str = FORWARD
     category: str = "elementwise"
     users: list[int] = field(default_factory=list)
+    constant: int | None = None  # the constant this node is, or is a view of
 
     @property
     def is_source(self) -> bool:
-        """True for inputs, constants, iota and whatever else reads nothing."""
-        return not self.inputs
+        """True for what reads nothing (inputs, constants, iota) and for mere views of a constant."""
+        return not self.inputs or self.constant is not None
 
     @property
     def size(self) -> int:
@@ -137,6 +138,7 @@ def parse_graph(doc: Any, ops: Mapping[str, Mapping[str, str]] | None = None) ->
             raise GraphFormatError(f"output {k} refers to node {ref!r}, which does not exist")
         outputs.append((str(out.get("name", "")) if isinstance(out, Mapping) else "", ref))
     model = GraphModel(str(doc.get("name") or "graph"), nodes, outputs, ops, {})
+    _find_constants(model)
     _assign_phases(model)
     _assign_categories(model)
     return model
@@ -170,6 +172,17 @@ def _parse_node(i: int, raw: Any) -> Node:
     )
 
 
+def _find_constants(model: GraphModel) -> None:
+    """Mark constants, and the reshapes and broadcasts of them: shown as one hexagon beside each user."""
+    for n in model.nodes:
+        if n.op in ("const", "iota"):
+            n.constant = n.id
+        elif len(n.inputs) == 1 and model.nodes[n.inputs[0]].constant is not None:
+            category = (model.ops.get(n.op) or {}).get("category") or FALLBACK_CATEGORY.get(n.op)
+            if category == "view" and n.op != "proj":
+                n.constant = model.nodes[n.inputs[0]].constant
+
+
 def _assign_phases(model: GraphModel) -> None:
     """Forward, gradient or optimiser for every node; gradient nodes without a scope take their forward node's."""
     nodes = model.nodes
@@ -182,7 +195,7 @@ def _assign_phases(model: GraphModel) -> None:
             model.gradient_of.setdefault(n.grad_of, []).append(n.id)
             if not n.scope:
                 n.scope = nodes[n.grad_of].scope
-        elif n.inputs:
+        elif n.inputs and not n.is_source:
             before = {nodes[s].phase for s in n.inputs}
             if OPTIMIZER in before:
                 n.phase = OPTIMIZER
@@ -202,7 +215,7 @@ def _assign_categories(model: GraphModel) -> None:
         n.category = entry.get("category") or FALLBACK_CATEGORY.get(n.op, "elementwise")
         if n.op == "input":
             n.category = "parameter" if _looks_like_parameter(n, nodes, has_update) else "input"
-        elif n.op in ("const", "iota"):
+        elif n.constant is not None:
             n.category = "constant"
     if any(n.phase == GRADIENT for n in nodes):
         for _, ref in model.outputs:

@@ -75,8 +75,9 @@ class Sheets:
         lines: list[tuple[str, int, tuple[int, int, int], str, int]] = []
         shape = f"{node.dtype}[{', '.join(map(str, node.shape))}]"
         lines.append((shape, 12, TEXT, MONO, REGULAR))
-        if node.op == "const" and "value" in node.attrs:
-            value = node.attrs["value"]
+        root = scene.model.nodes[node.constant] if node.constant is not None else node
+        if root.op == "const" and "value" in root.attrs:
+            value = root.attrs["value"]
             lines.append((f"= {value_text(value, 20)}  {exact_bits(value, node.dtype)}".rstrip(), 12, category("constant"), MONO, MEDIUM))
         elif node.name:
             lines.append((node.name, 12, category(node.category), MONO, REGULAR))

@@ -7,6 +7,7 @@ twelve equal transformer blocks are laid out once, and collapsing a scope re-lay
 
 from __future__ import annotations
 
+import math
 from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
 
@@ -254,12 +255,13 @@ def _layout_level(
 
     plan = run(False)
     direction = TOP_DOWN
-    tall = plan.height / max(1.0, plan.width)
-    if tall > 1.9 / aspect and n > 2:  # a chain that would hang far down: try it sideways
-        other = run(True)
-        wide = other.height / max(1.0, other.width)  # extent along the flow over extent across it
-        if abs(wide * aspect - aspect * aspect) < abs(tall * aspect - 1.0) * 1.1 or wide < tall * 0.55:
-            plan, direction = other, RIGHT_LEFT if mirrored else LEFT_RIGHT
+    if n > 2:
+        upright = math.log(max(1.0, plan.width) / max(1.0, plan.height) / aspect)
+        if upright < -0.35:  # much taller than wanted: a chain that would hang far down may lie better on its side
+            other = run(True)
+            lying = math.log(max(1.0, other.height) / max(1.0, other.width) / aspect)
+            if abs(lying) + 0.15 < abs(upright):
+                plan, direction = other, RIGHT_LEFT if mirrored else LEFT_RIGHT
     return _finish(plan, direction, boxes, inner, group, mirrored, top)
 
 

@@ -226,12 +226,14 @@ def layout_page(
     crossing: list[tuple[int, int]] = []
     for a, b in edges:
         ca, cb = index[a], index[b]
-        if ca.phase == cb.phase and page.column_of[a] == page.column_of[b]:
+        same = ca.phase == cb.phase and page.column_of[a] == page.column_of[b]
+        if same and (ca.phase != "optimizer" or (ca.group or ca.path)[:1] == (cb.group or cb.path)[:1]):
             inner[page.column_of[a], ca.phase].append((a, b))
         else:
             crossing.append((a, b))
     best: tuple[float, _Plan] | None = None
-    for aspect in (1.1, 2.2) if len(cards) <= 900 else (1.1,):
+    tries = (0.9, 1.6, 2.8, 4.5) if len(cards) <= 260 else (1.1, 2.4) if len(cards) <= 900 else (1.1,)
+    for aspect in tries:
         plan = _plan(page, columns, members, inner, cache, view, aspect)
         if best is None or plan.scale > best[0] * 1.04:
             best = (plan.scale, plan)
