@@ -1,4 +1,5 @@
-"""Indexing, gather and scatter against NumPy itself: every form of index, values, placement of axes, gradients, errors."""
+"""Indexing, gather and scatter against NumPy itself: every form of index, values, placement of axes,
+gradients, errors."""
 
 from __future__ import annotations
 
@@ -12,8 +13,8 @@ from tracejit.ops import indexing as ops
 
 RNG = np.random.default_rng(0)
 X = np.arange(2 * 3 * 4 * 5, dtype=np.float64).reshape(2, 3, 4, 5)
-I = np.array([1, 0, -1])
-J = np.array([[0, 2], [1, -2]])
+ROWS = np.array([1, 0, -1])
+GRID = np.array([[0, 2], [1, -2]])
 
 INDICES = {
     "int": 1,
@@ -34,25 +35,25 @@ INDICES = {
     "ellipsis_nothing": (0, 1, 2, ..., 3),
     "new_axis": (None, 1, None, ..., None),
     "empty_tuple": (),
-    "array": I,
-    "array_second": (slice(None), I),
-    "array_matrix": (slice(None), slice(None), J),
+    "array": ROWS,
+    "array_second": (slice(None), ROWS),
+    "array_matrix": (slice(None), slice(None), GRID),
     "array_list": [0, 1, 1],
     "array_empty": (slice(None), np.zeros(0, np.int64)),
     "array_scalar": (slice(None), np.array(2)),
     "array_unsigned": np.array([1, 0], np.uint8),
-    "two_adjacent": (slice(None), I, I),
-    "two_broadcast": (slice(None), J, I[:2]),
-    "two_apart": (I[:2] % 2, slice(None), I[:2]),
-    "array_and_int": (0, I),
-    "array_and_int_after": (slice(None), I, 2),
-    "int_apart_from_array": (0, slice(None), I),
-    "array_new_axis_between": (slice(None), I, None, I),
-    "array_new_axis_first": (None, I % 2, slice(None), None),
-    "array_slices_reversed": (slice(None, None, -1), I, slice(1, 3)),
-    "three_arrays": (I[:2] % 2, I[:2], J),
-    "ellipsis_array": (..., I),
-    "array_ellipsis_array": (I % 2, ..., I),
+    "two_adjacent": (slice(None), ROWS, ROWS),
+    "two_broadcast": (slice(None), GRID, ROWS[:2]),
+    "two_apart": (ROWS[:2] % 2, slice(None), ROWS[:2]),
+    "array_and_int": (0, ROWS),
+    "array_and_int_after": (slice(None), ROWS, 2),
+    "int_apart_from_array": (0, slice(None), ROWS),
+    "array_new_axis_between": (slice(None), ROWS, None, ROWS),
+    "array_new_axis_first": (None, ROWS % 2, slice(None), None),
+    "array_slices_reversed": (slice(None, None, -1), ROWS, slice(1, 3)),
+    "three_arrays": (ROWS[:2] % 2, ROWS[:2], GRID),
+    "ellipsis_array": (..., ROWS),
+    "array_ellipsis_array": (ROWS % 2, ..., ROWS),
     "grid": np.ix_([0, 1], [0, 2], [1, 3]),
     "mask": np.array([True, False]),
     "mask_second": (slice(None), np.array([True, False, True])),

@@ -1,4 +1,5 @@
-"""Shape functions and view ops against NumPy itself: values, dtypes, shapes, and gradients against central differences."""
+"""Shape functions and view ops against NumPy itself: values, dtypes, shapes, and gradients against central
+differences."""
 
 from __future__ import annotations
 

@@ -35,7 +35,8 @@ class _Plan:
     """An index taken apart: for each axis of ``x`` a slice, and in order of appearance what the result's axes
     are.
 
-    ``tokens`` holds ``("slice", axis)``, ``("new", -1)``, ``("int", axis)`` and ``("array", axis)``.
+    ``tokens`` holds ``("slice", axis)``, ``("new", -1)``, ``("dots", -1)``, ``("int", axis)`` and ``("array",
+    axis)``.
     """
 
     slices: list[slice] = field(default_factory=list)
@@ -55,8 +56,8 @@ def getitem(x: Any, index: Any) -> Any:
     y = _apply_slices(x, plan.slices)
     if plan.arrays:
         return _gather(y, plan)
-    sizes = (1 if kind == "new" else y.shape[axis] for kind, axis in plan.tokens if kind != "int")
-    return reshape_to(y, tuple(sizes))
+    shown = [(kind, axis) for kind, axis in plan.tokens if kind in ("new", "slice")]
+    return reshape_to(y, tuple(1 if kind == "new" else y.shape[axis] for kind, axis in shown))
 
 
 def _parse(x: Tensor, items: tuple[Any, ...]) -> _Plan:
@@ -72,7 +73,11 @@ def _parse(x: Tensor, items: tuple[Any, ...]) -> _Plan:
     rest = (slice(None),) * (x.ndim - consumed)
     at = dots[0] if dots else len(items)
     plan, axis = _Plan(), 0
-    for item in (*items[:at], *rest, *items[at + 1 :]):
+    for item in (*items[:at], Ellipsis, *rest, *items[at + 1 :]):
+        if item is Ellipsis:
+            if dots:  # separates index arrays even where it stands for no axis
+                plan.tokens.append(("dots", -1))
+            continue
         if item is None:
             plan.tokens.append(("new", -1))
             continue
@@ -207,7 +212,7 @@ def _gather(y: Tensor, plan: _Plan) -> Tensor:
     NumPy's placement: the axes of the broadcast index arrays replace the indexed axes if these are next to
     each other (integers count as arrays here), else they come first.
     """
-    kept = [a for kind, a in plan.tokens if kind != "int" and kind != "new"]
+    kept = [a for kind, a in plan.tokens if kind in ("slice", "array")]
     y = reshape_to(y, tuple(y.shape[a] for a in kept))
     place = {a: i for i, a in enumerate(kept)}
     indexed = [place[a] for a in plan.arrays]
@@ -275,7 +280,8 @@ def _clip(index: Tensor, n: int) -> Tensor:
 
 
 def take(a: Any, indices: Any, axis: Any = None, out: Any = None, mode: str = "raise") -> Any:
-    """As ``np.take``. Traced indices cannot raise: with ``mode="raise"`` they wrap once and are then clipped."""
+    """As ``np.take``. Traced indices cannot raise: with ``mode="raise"`` they wrap once and are then
+    clipped."""
     if not pr.any_tensor(a, indices):
         return np.take(a, indices, axis, out, mode)  # type: ignore[call-overload]
     pr.reject_keywords("take", out)
@@ -309,7 +315,7 @@ def take_along_axis(arr: Any, indices: Any, axis: Any = -1) -> Any:
         )
     if not isinstance(indices, Tensor):
         check_bounds(indices, x.shape[axis], axis, "take_along_axis", x)
-    other = [((*s[:axis], 1, *s[axis + 1:])) for s in (x.shape, index.shape)]
+    other = [((*s[:axis], 1, *s[axis + 1 :])) for s in (x.shape, index.shape)]
     common = list(pr.broadcast_shapes("take_along_axis", (x, index), other))
     x, index = (pr.broadcast_to(t, (*common[:axis], t.shape[axis], *common[axis + 1 :])) for t in (x, index))
     return gather.take_along_axis(x, index, axis=axis)

@@ -279,11 +279,13 @@ def _quantile(rows: Tensor, fraction: float, method: str, dtype: DType) -> Tenso
         raise UnsupportedFunctionError.make(
             f"method={method!r} is not supported in traced code", op="quantile"
         )
-    a, b = (pr.tensor(_at(rows, i), "quantile", dtype) for i in (low, high))
+    a, b = _at(rows, low), _at(rows, high)
+    # NumPy's interpolation: the step in the dtype of the data, the rest in the dtype of the result, and from
+    # the nearer end, so that it is exact at both.
+    step = pr.tensor(ew.sub(b, a), "quantile", dtype)
+    a, b = (pr.tensor(v, "quantile", dtype) for v in (a, b))
     if weight in (0.0, 1.0):
         return _nan_if_any(rows, b if weight else a)
-    # NumPy's interpolation: from the nearer end, so that it is exact at both.
-    step = ew.sub(b, a)
     if weight < 0.5:
         value = ew.add(a, ew.mul(step, pr.constant_like(step, weight)))
     else:
@@ -304,8 +306,8 @@ def percentile(
     """As ``np.percentile``: quantiles in hundredths."""
     if not pr.any_tensor(a, q):
         return np.percentile(a, q, axis, out, overwrite_input, method, keepdims, **kwargs)  # type: ignore[call-overload]
-    fractions = np.true_divide(np.asarray(q), 100)
-    return quantile(a, fractions[()], axis, out, overwrite_input, method, keepdims, **kwargs)
+    fractions = q / 100 if type(q) in (int, float) else np.true_divide(np.asarray(q), 100)[()]
+    return quantile(a, fractions, axis, out, overwrite_input, method, keepdims, **kwargs)
 
 
 __all__ = [
