@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from tracejit import source as _source
 from tracejit.dtypes import DType, canonical
-from tracejit.graph import GraphBuilder, GuardInfo, Node
+from tracejit.graph import GraphBuilder, GuardInfo, Node, Provenance
 from tracejit.state import state
 
 if TYPE_CHECKING:
@@ -43,7 +43,8 @@ class TraceContext:
     def add_input(self, name: str, shape: Sequence[int], dtype: DType, kind: str = "argument") -> Node:
         """A new input node; its position among the inputs is its index."""
         attrs = {"index": len(self.inputs), "kind": kind, "shape": tuple(shape), "dtype": dtype}
-        node = self.builder.add("input", (), attrs, name=name)
+        # An argument belongs to no line of the function; its name says where it comes from.
+        node = self.builder.add("input", (), attrs, like=Provenance("", "", None, name))
         self.inputs.append(node)
         return node
 

@@ -57,7 +57,7 @@ class Node:
     gradient rule made this one, ``name`` the argument path of inputs. ``avals`` lists the results of a multi-output op.
     """
 
-    __slots__ = ("attrs", "avals", "dtype", "grad_of", "inputs", "name", "op", "scope", "shape", "source")
+    __slots__ = ("attrs", "avals", "dtype", "grad_of", "inputs", "key", "name", "op", "scope", "shape", "source")
 
     op: Op
     inputs: tuple[Node, ...]
@@ -69,6 +69,8 @@ class Node:
     grad_of: Node | None
     name: str
     avals: tuple[tuple[Shape, DType], ...]
+    #: What makes two requests equal for the builder: op, identities of operands, attributes; None = never merged.
+    key: tuple[str, tuple[int, ...], Any] | None
 
     def __init__(
         self,
@@ -83,6 +85,7 @@ class Node:
         grad_of: Node | None = None,
         name: str = "",
         avals: tuple[tuple[Shape, DType], ...] = (),
+        key: tuple[str, tuple[int, ...], Any] | None = None,
     ) -> None:
         put = object.__setattr__
         put(self, "op", op)
@@ -95,6 +98,7 @@ class Node:
         put(self, "grad_of", grad_of)
         put(self, "name", name)
         put(self, "avals", avals)
+        put(self, "key", key)
 
     def __setattr__(self, name: str, value: Any) -> None:
         raise AttributeError(f"graph nodes are immutable; cannot set {name!r}")
@@ -168,19 +172,13 @@ class GraphBuilder:
         inputs = tuple(inputs)
         if op.arity is not None and len(inputs) != op.arity:
             raise GraphError(f"[{op.name}] takes {op.arity} operands, got {len(inputs)}")
-        key: Any = None
+        key = None
         if "effect" not in op.traits:
-            ids = [id(n) for n in inputs]
-            if "commutative" in op.traits:
-                ids.sort()
-            key = (op.name, tuple(ids), tuple(sorted((k, attr_key(v)) for k, v in attrs.items())))
+            parts = tuple(sorted((k, attr_key(v)) for k, v in attrs.items())) if attrs else ()
+            key = _node_key(op, inputs, parts)
             found = self._unique.get(key)
             if found is not None:
-                if (
-                    found.grad_of is not None
-                    and self.grad_of is None
-                    and (like is None or like.grad_of is None)
-                ):
+                if found.grad_of is not None and self.grad_of is None and like is None:
                     # The forward program uses it too (a shared constant): it is not a gradient node.
                     object.__setattr__(found, "grad_of", None)
                 return found
@@ -204,7 +202,36 @@ class GraphBuilder:
             grad_of=self.grad_of if like is None else like.grad_of,
             name=name or (like.name if like is not None else ""),
             avals=avals,
+            key=key,
         )
+        if key is not None:
+            self._unique[key] = node
+        self.nodes.append(node)
+        return node
+
+    def keep(self, node: Node, inputs: tuple[Node, ...], grad_of: Node | None) -> Node:
+        """``node`` of another builder with new operands of equal types; itself if nothing changes, so passes are cheap."""
+        if node.key is None:
+            key = None
+        else:
+            key = node.key if inputs == node.inputs else _node_key(node.op, inputs, node.key[2])
+            found = self._unique.get(key)
+            if found is not None:
+                return found
+        if node.grad_of is not grad_of or inputs != node.inputs:
+            node = Node(
+                node.op,
+                inputs,
+                node.attrs,
+                node.shape,
+                node.dtype,
+                source=node.source,
+                scope=node.scope,
+                grad_of=grad_of,
+                name=node.name,
+                avals=node.avals,
+                key=key,
+            )
         if key is not None:
             self._unique[key] = node
         self.nodes.append(node)
@@ -214,6 +241,13 @@ class GraphBuilder:
         """The scalar constant ``value`` of ``dtype``; the value is rounded to the dtype, exactly as NumPy does."""
         scalar = np.asarray(value).astype(dtype).item()
         return self.add("const", (), {"value": scalar, "dtype": dtype}, like=like)
+
+
+def _node_key(op: Op, inputs: tuple[Node, ...], attrs: Any) -> tuple[str, tuple[int, ...], Any]:
+    ids = tuple(map(id, inputs))
+    if "commutative" in op.traits:
+        ids = tuple(sorted(ids))
+    return op.name, ids, attrs
 
 
 @dataclass(frozen=True)
@@ -250,17 +284,15 @@ class Graph:
         """Collect the nodes that ``outputs`` and ``effects`` need, in a stable topological order, plus all ``inputs``."""
         order: dict[Node, None] = dict.fromkeys(inputs)
         for root in (*effects, *outputs):
-            stack: list[tuple[Node, int]] = [(root, 0)]
+            stack = [root]
             while stack:
-                node, i = stack.pop()
-                if node in order:
-                    continue
-                if i < len(node.inputs):
-                    stack.append((node, i + 1))
-                    if node.inputs[i] not in order:
-                        stack.append((node.inputs[i], 0))
+                node = stack[-1]
+                waiting = [i for i in node.inputs if i not in order]
+                if waiting:
+                    stack.extend(reversed(waiting))
                 else:
                     order[node] = None
+                    stack.pop()
         names = tuple(output_names) or tuple(
             f"out{i}" if len(outputs) > 1 else "out" for i in range(len(outputs))
         )
@@ -310,7 +342,9 @@ class Graph:
             inputs = tuple(new[i] for i in node.inputs)
             replacement = rule(builder, node, inputs) if node.op.name != "input" else None
             if replacement is None:
-                replacement = copy_node(builder, node, inputs, new)
+                # Almost always the forward node comes first; _relink mends the rest.
+                forward = new.get(node.grad_of) if node.grad_of is not None else None
+                replacement = builder.keep(node, inputs, forward)
             new[node] = replacement
         _relink(self.nodes, new)
         return Graph.build(
@@ -440,37 +474,12 @@ def _relink(nodes: Iterable[Node], new: Mapping[Node, Node]) -> None:
     """Point ``grad_of`` of copied nodes at the copied forward nodes, which may have been made after them."""
     for node in nodes:
         copy = new.get(node)
-        if (
-            copy is not None
-            and node.grad_of is not None
-            and (copy.grad_of is None or copy.grad_of is node.grad_of)
-        ):
+        if copy is None or copy is node or node.grad_of is None:
+            continue
+        if copy.grad_of is None or copy.grad_of is node.grad_of:
             forward = new.get(node.grad_of)
             if forward is not copy:
                 object.__setattr__(copy, "grad_of", forward)
-
-
-def copy_node(
-    builder: GraphBuilder, node: Node, inputs: tuple[Node, ...], mapping: Mapping[Node, Node]
-) -> Node:
-    """``node`` with new operands in another builder, keeping source, scope and (mapped) forward node."""
-    forward = mapping.get(node.grad_of) if node.grad_of is not None else None
-    if node.op.name == "input":
-        fresh = Node(
-            node.op,
-            (),
-            node.attrs,
-            node.shape,
-            node.dtype,
-            source=node.source,
-            scope=node.scope,
-            name=node.name,
-        )
-        builder.nodes.append(fresh)
-        return fresh
-    return builder.add(
-        node.op, inputs, node.attrs, like=Provenance(node.source, node.scope, forward, node.name)
-    )
 
 
 @dataclass(frozen=True)
@@ -488,6 +497,7 @@ def inline(builder: GraphBuilder, graph: Graph, inputs: Iterable[Node]) -> list[
     new: dict[Node, Node] = dict(zip(graph.inputs, inputs, strict=True))
     for node in graph.nodes:
         if node not in new:
-            new[node] = copy_node(builder, node, tuple(new[i] for i in node.inputs), new)
+            forward = new.get(node.grad_of) if node.grad_of is not None else None
+            new[node] = builder.keep(node, tuple(new[i] for i in node.inputs), forward)
     _relink(graph.nodes, new)
     return [new[n] for n in graph.outputs]

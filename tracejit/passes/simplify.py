@@ -18,24 +18,28 @@ Rule = Callable[[GraphBuilder, Node, tuple[Node, ...]], Node | None]
 
 
 def simplify(graph: Graph) -> Graph:
-    """Apply the local rules of :data:`RULES` bottom-up until nothing changes (a few sweeps at most)."""
-    for _ in range(4):
-        before = len(graph)
-        changed = [False]
+    """Apply the local rules of :data:`RULES` bottom-up until nothing changes (mostly two sweeps)."""
+    for _ in range(8):
+        changed = False
 
-        def rule(
-            builder: GraphBuilder, node: Node, inputs: tuple[Node, ...], changed: list[bool] = changed
-        ) -> Node | None:
+        def rule(builder: GraphBuilder, node: Node, inputs: tuple[Node, ...]) -> Node | None:
+            nonlocal changed
             found = RULES.get(node.op.name)
-            if found is None:
+            result = found(builder, node, inputs) if found is not None else None
+            if result is None:
                 return None
-            result = found(builder, node, inputs)
-            if result is not None:
-                changed[0] = True
+            changed = True
+            # What a rule made may match again: follow it on the spot instead of sweeping the whole graph anew.
+            for _ in range(16):
+                again = RULES.get(result.op.name)
+                better = again(builder, result, result.inputs) if again is not None else None
+                if better is None or better is result:
+                    break
+                result = better
             return result
 
         graph = graph.rewrite(rule)
-        if not changed[0] and len(graph) == before:
+        if not changed:
             break
     return graph
 
