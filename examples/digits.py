@@ -2,12 +2,12 @@
 
     python examples/digits.py [--model mlp|cnn] [--device cpu] [--epochs N] [--seed 0]
 
-Needs scikit-learn (``pip install tracejit[examples]``) for the 1797 images. Expected output, a few seconds per run:
-the accuracy on 360 images that were not trained on rises to 96-98% for the MLP, 97-99% for the CNN::
+Needs scikit-learn (``pip install tracejit[examples]``) for the 1797 images. Expected output: the accuracy on
+360 images that were not trained on rises to 96-99%, within 5 s (MLP) or 30 s (CNN) on ``--device numpy``::
 
-    epoch  1  loss 2.05  test accuracy 78%
+    epoch  1  loss 2.122  test accuracy 63.3%
     ...
-    epoch 15  loss 0.02  test accuracy 98.6%
+    epoch 15  loss 0.049  test accuracy 98.1%
 """
 
 from __future__ import annotations

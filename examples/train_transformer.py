@@ -2,11 +2,16 @@
 
     python examples/train_transformer.py [--device cpu] [--watch] [--steps N] [--seed 0] [--out FILE]
 
-The text is ``pydoc_data.topics``, about 465,000 characters of the Python language reference; the last tenth is held
-out for validation. Expected output: a progress bar with loss, tokens per second and time left; a validation loss
-below 2.3 nats per character (3.3 bits; guessing from letter frequencies alone gives 3.2 nats); a sample that looks like
-the reference manual from afar; and the loss of the weights reloaded from FILE, equal to the one before. The same seed
-gives the same loss curve. Under two minutes on two cores with ``--device numpy``, less on the others.
+The text is ``pydoc_data.topics``, about 465,000 characters of the Python language reference; the last tenth
+is held out for validation. Expected output: a progress bar with loss, tokens per second and time left; a
+validation loss of about 1.8 nats per character (letter frequencies alone give 3.24, letter pairs 2.32); a
+sample that looks like the reference manual from afar; and the loss of the weights reloaded from FILE, equal
+to the one before. The same seed gives the same loss curve. About one minute on two cores with
+``--device numpy``, less on the others::
+
+    training ━━━━━━━━━━━━━━━━━━━━━━━━━━━━━ 250/250 loss 1.887 5,120 tokens/s 0:00:00
+    243,751 parameters, 250 steps in 50.0 s
+    validation loss 1.7604 nats per character
 """
 
 from __future__ import annotations
@@ -31,7 +36,7 @@ PEAK_RATE = 4e-3
 VALIDATION_BATCHES = 16
 
 
-# -- data ------------------------------------------------------------------------------------------------------------
+# -- data ----------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -58,18 +63,22 @@ def load_corpus() -> Corpus:
     return Corpus(alphabet, ids[:split], ids[split:])
 
 
-def sample_batch(ids: np.ndarray, rng: np.random.Generator, batch: int = BATCH) -> tuple[np.ndarray, np.ndarray]:
-    """Random windows and, as labels, the same windows one character later: two (batch, CONTEXT) int32 arrays."""
+def sample_batch(
+    ids: np.ndarray, rng: np.random.Generator, batch: int = BATCH
+) -> tuple[np.ndarray, np.ndarray]:
+    """Random windows and, as labels, the same one character later: two (batch, CONTEXT) int32 arrays."""
     starts = rng.integers(0, len(ids) - CONTEXT, batch)
     windows = ids[starts[:, None] + np.arange(CONTEXT + 1)]
     return np.ascontiguousarray(windows[:, :-1]), np.ascontiguousarray(windows[:, 1:])
 
 
-# -- model -----------------------------------------------------------------------------------------------------------
+# -- model ---------------------------------------------------------------------------------------------------
 
 
 class GPT(nn.Module):
-    """A decoder-only Transformer (Radford et al., 2019) with rotary positions: integers (b, t) -> logits (b, t, vocab)."""
+    """A decoder-only Transformer (Radford et al., 2019) with rotary positions: integers (b, t) -> logits (b,
+    t, vocab).
+    """
 
     embed: nn.Embedding
     blocks: tuple[nn.TransformerBlock, ...]
@@ -79,7 +88,9 @@ class GPT(nn.Module):
     def __init__(self, vocabulary: int, *, rng: np.random.Generator) -> None:
         self.embed = nn.Embedding(vocabulary, D_MODEL, rng=rng)
         self.blocks = tuple(
-            nn.TransformerBlock(D_MODEL, HEADS, activation="gelu_tanh", is_causal=True, use_rotary=True, rng=rng)
+            nn.TransformerBlock(
+                D_MODEL, HEADS, activation="gelu_tanh", is_causal=True, use_rotary=True, rng=rng
+            )
             for _ in range(LAYERS)
         )
         self.norm = nn.LayerNorm(D_MODEL)
@@ -123,7 +134,7 @@ def validation_loss(model: GPT, corpus: Corpus, device: str | None = None) -> fl
 
 @tj.trace
 def next_logits(model, ids, position):
-    """Logits of the character after ``position``; ids (1, CONTEXT), so that every length uses the same trace."""
+    """Logits of the character after ``position``; ids (1, CONTEXT), so that every length uses one trace."""
     return np.take(model(ids)[0], position, axis=0)
 
 
@@ -142,7 +153,7 @@ def generate(
     return corpus.decode(ids[len(prompt) :])
 
 
-# -- training --------------------------------------------------------------------------------------------------------
+# -- training ------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -181,12 +192,11 @@ def train(
         TextColumn("{task.fields[rate]:,.0f} tokens/s"),
         TimeRemainingColumn(),
     )
-    options = {"watch": True} if watch else {}
     with Progress(*columns, disable=not show_progress) as progress:
         task = progress.add_task("train", total=steps, loss=float("nan"), rate=0.0)
         for step in range(steps):
             x, y = sample_batch(corpus.train, rng)
-            loss, model, state = train_step(model, state, x, y, device=device, **options)
+            loss, model, state = train_step(model, state, x, y, device=device, watch=watch)
             losses.append(float(loss))
             rate = (step + 1) * BATCH * CONTEXT / (time.perf_counter() - started)
             progress.update(task, advance=1, loss=float(np.mean(losses[-20:])), rate=rate)
@@ -194,12 +204,16 @@ def train(
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="Train a character-level GPT on the Python language reference.")
+    parser = argparse.ArgumentParser(
+        description="Train a character-level GPT on the Python language reference."
+    )
     parser.add_argument("--device", default=None, help="cpu, wgpu or numpy (default: the best there is)")
     parser.add_argument("--watch", action="store_true", help="show the graph while it trains")
-    parser.add_argument("--steps", type=int, default=500)
+    parser.add_argument("--steps", type=int, default=250)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, default=Path("transformer.safetensors"), help="where the weights go")
+    parser.add_argument(
+        "--out", type=Path, default=Path("transformer.safetensors"), help="where the weights go"
+    )
     args = parser.parse_args(argv)
     if args.steps < 1:
         parser.error("--steps must be at least 1")

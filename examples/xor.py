@@ -4,7 +4,8 @@
 
 Expected output: the loss falls from about 0.7 to below 0.01 and all four answers are right::
 
-    step    0  loss 0.7
+    step    0  loss 0.6930
+    step  100  loss 0.0022
     ...
     0 xor 0 = 0  (probability of 1: 0.00)
     0 xor 1 = 1  (probability of 1: 1.00)
@@ -59,7 +60,9 @@ def predict(model, x):
     return nn.sigmoid(model(x))
 
 
-def train(steps: int = 400, seed: int = 0, device: str | None = None, verbose: bool = True) -> tuple[MLP, float]:
+def train(
+    steps: int = 400, seed: int = 0, device: str | None = None, verbose: bool = True
+) -> tuple[MLP, float]:
     """The trained model and its last loss."""
     model = MLP(rng=np.random.default_rng(seed))
     state = opt.init(model)

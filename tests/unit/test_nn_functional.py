@@ -146,7 +146,7 @@ def test_layer_norm_of_a_constant_row_is_the_bias() -> None:
 
 
 def test_layer_norm_gradients_have_their_closed_form() -> None:
-    """dx = rstd (dh - mean(dh) - xhat mean(dh xhat)) with dh = g gamma; dgamma = sum g xhat; dbeta = sum g."""
+    """dx = rstd (dh - mean(dh) - xhat mean(dh xhat)), dh = g gamma; dgamma = sum g xhat; dbeta = sum g."""
     rng = np.random.default_rng(3)
     x, gamma, beta, g = (
         rng.standard_normal((5, 6)),
