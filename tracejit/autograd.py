@@ -190,8 +190,8 @@ class _Gradient:
     ) -> None:
         if not callable(fn):
             raise GradientError.make(f"grad takes a function, got {type(fn).__name__}", op="grad")
-        positions = (wrt,) if isinstance(wrt, int) else tuple(wrt)
-        if not positions or not all(isinstance(p, int) for p in positions):
+        positions = tuple(wrt) if isinstance(wrt, list | tuple) else (wrt,)
+        if not positions or not all(isinstance(p, int) and not isinstance(p, bool) for p in positions):
             raise GradientError.make(f"wrt must be an int or a tuple of ints, got {wrt!r}", op="grad")
         self._fn = fn
         self._wrt = wrt
