@@ -97,7 +97,7 @@ def _meaning(scene: Scene, item: Item, entry: Mapping[str, str]) -> str:
 def _here(scene: Scene, item: Item, node: Node) -> str:
     """What this card is doing in this program: which layer, which role."""
     nodes = scene.model.nodes
-    scope = " / ".join(node.scope)
+    scope = " / ".join((*item.path, *item.group[len(item.path) :])) if item.phase != "optimizer" else ""
     place = f" in {scope}" if scope else ""
     if node.category == "parameter":
         return f"A trainable tensor, {node.name or 'unnamed'}; read by {len(node.users)} node{'s' * (len(node.users) != 1)}."
@@ -113,7 +113,7 @@ def _here(scene: Scene, item: Item, node: Node) -> str:
         what = f"Part of the gradient of {f.op} #{f.id}{place}: carries d loss backwards through it."
         return what + (f" Returned as {outputs[0]}." if outputs and outputs[0] else "")
     if node.phase == "optimizer":
-        return f"Updates {' / '.join(item.group or item.path) or 'a parameter'} after the gradient pass."
+        return f"Optimiser: updates {' / '.join(item.group or item.path) or 'a parameter'} after the gradient pass."
     outputs = [name for name, ref in scene.model.outputs if ref == node.id]
     if outputs:
         return f"Computes an output of the function{': ' + outputs[0] if outputs[0] else ''}{place}."

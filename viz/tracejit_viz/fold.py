@@ -167,7 +167,7 @@ class _Builder:
             key: object
             if group is not None:
                 key = (n.phase, group)
-                self.item_of[n.id] = self._item(key, n, "group", group[:-1] or group, group)
+                self.item_of[n.id] = self._item(key, n, "group", group[:-1] or (() if n.phase == OPTIMIZER else group), group)
             else:
                 key = n.id if placed.merge[n.id] is None else placed.merge[n.id]
                 self.item_of[n.id] = self._item(key, n, "node", path)
@@ -224,6 +224,10 @@ class _Builder:
             self._place_constant(n, users)
             return
         first = self.items[self.item_of[users[0]]]
+        if n.phase == OPTIMIZER and first.kind == "group" and n.size > 1:
+            self.item_of[n.id] = first.index  # optimiser state belongs to the update that owns it
+            self.behind[first.index].append(n.id)
+            return
         home = first.path if first.kind == "node" or first.path != first.group else first.group
         key: object = n.id
         repeat = placed.member[users[0]]

@@ -56,7 +56,7 @@ def short_name(name: str, parts: int = 2) -> str:
 
 def short_stem(name: str) -> str:
     """A parameter's name without block numbers: ``blocks[3].norm1.weight`` -> ``blocks.norm1.weight``."""
-    return short_name(re.sub(r"\[\d+\]|(?<=[._])\d+(?=[._])", "", name), parts=3)
+    return short_name(re.sub(r"\[\d+\]|(?<=[._])\d+(?=[._])", "", name))
 
 
 def shape_text(shape: tuple[int, ...]) -> str:

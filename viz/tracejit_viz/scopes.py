@@ -153,19 +153,39 @@ def apply_folds(model: GraphModel, scope: list[Path], folds: dict[Path, Fold]) -
                     lists = sequences.setdefault((fold.key, node.phase), [[] for _ in fold.members])
                     lists[k].append(node.id)
                 break
-    for key, members in sequences.items():
-        tokens = [[(model.nodes[v].op, model.nodes[v].shape, placed.shown[v]) for v in m] for m in members]
-        ref = max(range(len(members)), key=lambda k: (len(members[k]), -k))
-        for k, ids in enumerate(members):
-            if tokens[k] == tokens[ref]:
-                for j, v in enumerate(ids):
-                    placed.merge[v] = (key, j)
-                continue
-            matcher = SequenceMatcher(None, tokens[ref], tokens[k], autojunk=False)
-            for block in matcher.get_matching_blocks():
-                for j in range(block.size):
-                    placed.merge[ids[block.b + j]] = (key, block.a + j)
+    for (name, phase), members in sequences.items():
+        if phase == GRADIENT:
+            _match_gradients(model, placed, name, members)
+        else:
+            _match_sequences(model, placed, (name, phase), members)
     return placed
+
+
+def _match_sequences(model: GraphModel, placed: Placed, key: object, members: list[list[int]]) -> None:
+    """Forward nodes: align each repeat with the longest one, operation by operation."""
+    tokens = [[(model.nodes[v].op, model.nodes[v].shape, placed.shown[v]) for v in m] for m in members]
+    ref = max(range(len(members)), key=lambda k: (len(members[k]), -k))
+    for k, ids in enumerate(members):
+        if tokens[k] == tokens[ref]:
+            for j, v in enumerate(ids):
+                placed.merge[v] = (key, j)
+            continue
+        matcher = SequenceMatcher(None, tokens[ref], tokens[k], autojunk=False)
+        for block in matcher.get_matching_blocks():
+            for j in range(block.size):
+                placed.merge[ids[block.b + j]] = (key, block.a + j)
+
+
+def _match_gradients(model: GraphModel, placed: Placed, key: object, members: list[list[int]]) -> None:
+    """Gradient nodes: equal when they are the same operation in the gradient of matched forward nodes."""
+    for ids in members:
+        count: Counter[object] = Counter()
+        for v in ids:
+            n = model.nodes[v]
+            of = placed.merge[n.grad_of] if n.grad_of is not None else None
+            token = (key, placed.shown[v], n.op, n.shape, of)
+            placed.merge[v] = ("grad", token, count[token])
+            count[token] += 1
 
 
 def optimizer_scopes(model: GraphModel, placed: Placed) -> None:
@@ -214,7 +234,8 @@ def optimizer_scopes(model: GraphModel, placed: Placed) -> None:
         if repeat >= 0:
             label_of[root] = (short_stem(chosen.name) or "update", repeat, number)
             continue
-        label = short_name(chosen.name, parts=3) or "update"
+        names = [short_name(chosen.name, parts) or "update" for parts in (2, 3, 4)]
+        label = next((name for name in names if not taken[name]), names[-1])
         taken[label] += 1
         label_of[root] = (label if taken[label] == 1 else f"{label} ({taken[label]})", -1, number)
     repeats: Counter[tuple[str, int]] = Counter()

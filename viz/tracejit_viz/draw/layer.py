@@ -173,7 +173,7 @@ class GraphLayer:
             busy = len(scene.page.wires) ** 0.5
             for count, w in enumerate(cross):
                 source = scene.items[scene.page.wires[w].source]
-                same = source.phase == scene.page.wires[w].phase
+                same = source.phase == scene.page.wires[w].phase != "optimizer"
                 faint = max(0.16, min(0.32, 7.0 / busy)) if same else max(0.05, min(0.17, 2.2 / busy))
                 color = mix(BG, category(source.category), faint)
                 ribbon(band, lines[w] - (0, top * k), color, max(0.9, 1.1 * self.zoom) * k)

@@ -187,10 +187,10 @@ def _assign_columns(cards: Sequence[Card], edges: Sequence[tuple[int, int]]) -> 
 
 
 def _keep_families_together(columns: list[Path]) -> list[Path]:
-    """Columns of one parent scope stay side by side, where their first one stands."""
+    """Columns of one top scope stay side by side, where their first one stands."""
     families: dict[Path, list[Path]] = {}
     for c in columns:
-        families.setdefault(c[:-1] if len(c) > 1 else c, []).append(c)
+        families.setdefault(c[:1], []).append(c)
     return [c for members in families.values() for c in members]
 
 
@@ -376,7 +376,7 @@ def _pack(
 
     def cell_width(c: Path) -> float:
         widest = max(solved[c, p].width for p in used if (c, p) in solved)
-        return max(widest, len(c[-1]) * head * 0.30) + 2 * CELL_PAD
+        return max(widest, len(" / ".join(c[1:] or c)) * head * 0.26) + 2 * CELL_PAD
 
     tall = {p: [cell_height(c, p) for c in columns] for p in used}
     heights = sorted({round(h) for p in used for h in tall[p] if h})
@@ -388,7 +388,7 @@ def _pack(
         for c in columns:
             need = {p: cell_height(c, p) for p in used}
             last = stacks[-1] if stacks else None
-            same = last is not None and last.columns[-1][:-1] == c[:-1]
+            same = last is not None and (last.columns[-1][:1] == c[:1] if len(c) > 1 else len(last.columns[-1]) == 1)
             if last is not None and same:
                 grown = {p: last.heights[p] + (STACK_GAP if last.heights[p] and need[p] else 0) + need[p] for p in used}
                 if all(grown[p] <= top[p] * factor + 1e-6 for p in used):
@@ -482,13 +482,12 @@ def _place_systems(
 
 
 def _spans(system: list[_Stack]) -> list[tuple[str, int, int]]:
-    """Runs of stacks that share a parent scope, to be bracketed with its name."""
+    """Runs of stacks of one opened top scope, to be bracketed with its name."""
     out: list[tuple[str, int, int]] = []
     for k, s in enumerate(system):
-        parent = s.columns[0][:-1]
-        if not parent:
+        if len(s.columns[0]) < 2:
             continue
-        title = " / ".join(parent)
+        title = s.columns[0][0]
         if out and out[-1][0] == title and out[-1][2] == k - 1:
             out[-1] = (title, out[-1][1], k)
         else:
@@ -508,7 +507,7 @@ def _place_cell(
     x, y, w, h = rect
     ox = x + (w - cell.width) / 2
     oy = y + page.head + (h - page.head - CELL_PAD - cell.height) / 2
-    title = titles.get(column) or column[-1]
+    title = titles.get(column) or " / ".join(column[1:] or column)
     page.cells.append(Cell(column, phase, title, rect, [c.index for c in cards]))
     for i, (a, b, iw, ih) in cell.items.items():
         page.items[i] = (a + ox, b + oy, iw, ih)
