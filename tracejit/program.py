@@ -255,7 +255,8 @@ class Capabilities:
     pipeline may keep on chip, ``attention`` whether attention kernels exist (for heads of at most
     ``attention_dim`` features), ``separate_outputs`` whether independent
     results should get buffers of their own instead of the arena (hazards tracked per buffer), ``contract_epilogue``
-    and ``conv_epilogue`` whether loops fuse behind products, ``recompute_flops`` the cost below which a producer is
+    and ``conv_epilogue`` whether loops fuse behind products (if they touch at most ``epilogue_buffers`` buffers, None =
+    any number: optimiser updates touch 7, bias and activation 2 or 3), ``recompute_flops`` the cost below which a producer is
     recomputed in each consumer instead of stored, ``op_kernels`` ops that must arrive as :class:`OpKernel`.
     ``split_k`` is the largest number of partial sums into which a contraction with at most ``split_k_limit`` results and
     a single consumer may be split: it arrives as a contraction with an extra leading batch axis (the parts) and a plain
@@ -270,6 +271,7 @@ class Capabilities:
     attention_dim: int = 256
     separate_outputs: bool = False
     contract_epilogue: bool = True
+    epilogue_buffers: int | None = None
     conv_epilogue: bool = True
     recompute_flops: int = 8
     index_bits: int = 64

@@ -7,9 +7,12 @@ schedule, memory.
 
 from __future__ import annotations
 
+import gc
+
 from tracejit.graph import Graph
-from tracejit.lower import memory, schedule
+from tracejit.lower import budget, memory, schedule
 from tracejit.lower.fusion import Fusion
+from tracejit.lower.horizontal import merge_kernels
 from tracejit.lower.kernels import KernelBuilder, Unfusable
 from tracejit.lower.prepare import Prepared
 from tracejit.lower.siblings import merge_siblings
@@ -21,11 +24,17 @@ _ATTEMPTS = 64
 def lower(graph: Graph, capabilities: Capabilities) -> Program:
     """The program of ``graph`` for a backend with the given capabilities. Every graph lowers."""
     forced: frozenset[int] = frozenset()
-    for _ in range(_ATTEMPTS):
-        try:
-            return _lower(graph, capabilities, forced)
-        except Unfusable as stop:
-            forced = forced | {stop.nid}
+    collecting = gc.isenabled()
+    gc.disable()  # nothing here is garbage before the end; collections would cost a third of the time
+    try:
+        for _ in range(_ATTEMPTS):
+            try:
+                return _lower(graph, capabilities, forced)
+            except Unfusable as stop:
+                forced = forced | stop.nids
+    finally:
+        if collecting:
+            gc.enable()
     raise AssertionError(f"lowering of {graph.name!r} does not settle; stored by force: {sorted(forced)}")
 
 
@@ -36,16 +45,25 @@ def _lower(graph: Graph, caps: Capabilities, forced: frozenset[int]) -> Program:
     builder = KernelBuilder(fusion)
     kernels: list[Kernel] = []
     ranks: list[int] = []
+    too_big: set[int] = set()
     for c in fusion.clusters:
         kernel = builder.kernel(c)
-        if kernel is not None:
-            kernels.append(kernel)
-            roots = [v.index for v in (*c.members, *c.reads) if v.home is c] or [0]
-            ranks.append(max(roots))
+        if kernel is None:
+            continue
+        kernels.append(kernel)
+        ranks.append(max([v.index for v in (*c.members, *c.reads) if v.home is c] or [0]))
+        if budget.over_budget(kernel, caps, builder.buffers):
+            too_big |= budget.cuts(c, fusion, caps)
+    if too_big - forced:
+        raise Unfusable(*too_big)
     sequence = schedule.order(kernels, builder.buffers, ranks)
-    kernels = [kernels[i] for i in sequence]
+    kernels, ranks, merged = merge_kernels(
+        [kernels[i] for i in sequence], [ranks[i] for i in sequence], builder.buffers, caps
+    )
+    kernels = [kernels[i] for i in schedule.order(kernels, builder.buffers, ranks)]
     buffers, arena, bound = memory.plan(kernels, builder.buffers, caps.separate_outputs)
     kernels = schedule.dependencies(kernels, buffers)
+    report = (*fusion.decisions, *merged)
     return Program(
         graph.name,
         graph,
@@ -56,5 +74,5 @@ def _lower(graph: Graph, caps: Capabilities, forced: frozenset[int]) -> Program:
         tuple(builder.constants),
         arena,
         bound,
-        tuple(fusion.decisions),
+        report,
     )

@@ -255,7 +255,7 @@ class Fusion:
 
     def realise(self, v: Value) -> None:
         """Store ``v``: in the cluster that computes it anyway, else in one of its own."""
-        if v.kind in (DOT, OP) and v.nid in self.forced:
+        if v.nid in self.forced:
             host = None
         elif v.kind == DOT and self.split_parts(v) > 1:
             v.parts = self.split_parts(v)
@@ -320,6 +320,9 @@ class Fusion:
         everywhere = affine.is_bijection(m[0], c.axes, c.sizes, v.shape)
         if v.kind in (DOT, OP):
             allowed = self.caps.contract_epilogue if v.kind == DOT else self.caps.conv_epilogue
+            limit = self.caps.epilogue_buffers
+            if limit is not None and sum(1 for x in c.reads if x not in c.members or x.home is c) - 1 > limit:
+                return False
             return allowed and everywhere and c.red is None and c.contract is None
         if everywhere:
             return not c.red or self.same_rows(c, v, m)

@@ -33,11 +33,11 @@ from tracejit.program import (
 
 
 class Unfusable(Exception):
-    """This product's epilogue does not line up with it: store the product by itself instead."""
+    """These graph nodes must be stored by themselves: an epilogue does not line up, or a kernel binds too much."""
 
-    def __init__(self, nid: int) -> None:
-        super().__init__(nid)
-        self.nid = nid
+    def __init__(self, *nids: int) -> None:
+        super().__init__(*nids)
+        self.nids = frozenset(nids)
 
 
 class KernelBuilder:
