@@ -56,7 +56,7 @@ class _ModuleMeta(type):
     """Opens an instance for assignment during ``__init__``, then checks and freezes it."""
 
     def __call__(cls, *args: Any, **kwargs: Any) -> Any:
-        self = cls.__new__(cls, *args, **kwargs)
+        self: Any = object.__new__(cls)  # type: ignore[arg-type]
         fields = self.__dict__
         fields[_BUILDING] = True
         self.__init__(*args, **kwargs)
@@ -84,10 +84,6 @@ class Module(metaclass=_ModuleMeta):
     _static_names: ClassVar[tuple[str, ...]] = ()
     _own_init: ClassVar[bool] = False
 
-    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
-        """A bare instance, which ``__init__`` fills."""
-        return object.__new__(cls)
-
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         if "__init__" in cls.__dict__:
@@ -109,7 +105,7 @@ class Module(metaclass=_ModuleMeta):
             return module
 
         optree.register_pytree_node(
-            cls,  # type: ignore[type-var]
+            cls,  # type: ignore[arg-type]
             flatten,
             unflatten,
             path_entry_type=optree.GetAttrEntry,

@@ -154,6 +154,7 @@ class _Tree:
                 f"the gradients have another tree structure than the model: {error}", op="optimizer"
             ) from None
         found = {}
+        part: Any
         for name, part in zip(self.names, parts):
             weight = self.weights.get(name)
             if weight is None:
