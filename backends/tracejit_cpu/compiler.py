@@ -27,7 +27,7 @@ from tracejit.program import (
     OpKernel,
     Program,
 )
-from tracejit_cpu import codecache, gemm
+from tracejit_cpu import codecache, gemm, ops
 from tracejit_cpu.body import localize
 from tracejit_cpu.host import host
 from tracejit_cpu.irbuilder import Module
@@ -70,6 +70,7 @@ class KernelCompiler:
         self.program, self.module = program, module
         self.shared: dict[str, Compiled] = {}
         self.orders: dict[str, list[int]] = {}
+        self.parts: dict[str, list[tuple[Compiled, list[int]]]] = {}
 
     def dtype(self, buffer: int) -> np.dtype[Any]:
         """Element type of a buffer."""
@@ -102,7 +103,42 @@ class KernelCompiler:
                 else:
                     out.append(self._contract(c))
             return out
+        if isinstance(kernel, OpKernel):
+            return self._op(kernel)
         raise TypeError(f"no native lowering for {type(kernel).__name__}")
+
+    def _op(self, kernel: OpKernel) -> list[tuple[Compiled, list[int]]]:
+        """An op kernel; equal ones on other buffers share code."""
+        import dataclasses
+
+        numbers: dict[int, int] = {}
+
+        def rename(buffer: int) -> int:
+            return numbers.setdefault(buffer, len(numbers))
+
+        operands = tuple((rename(b), s) for b, s in kernel.operands)
+        results = tuple((rename(b), s) for b, s in kernel.results)
+        epilogue = kernel.epilogue
+        if epilogue is not None:
+            instrs = []
+            for i in epilogue.instrs:
+                attrs = dict(i.attrs)
+                if "access" in attrs:
+                    a = attrs["access"]
+                    attrs["access"] = Access(rename(a.buffer), a.strides, a.offset)
+                instrs.append(Instr(i.op, i.args, i.dtype, i.axes, attrs))
+            epilogue = LoopBody(epilogue.domain, tuple(instrs))
+        original = {v: k for k, v in numbers.items()}
+        named = dataclasses.replace(
+            kernel, operands=operands, results=results, epilogue=epilogue, reads=(), writes=(), after=()
+        )
+        in_place = bool(kernel.operands) and overlaps(self.program, kernel.operands[0][0], kernel.results[0][0])
+        dtypes = [self.dtype(original[i]).name for i in range(len(original))]
+        key = f"op{in_place}{_stable(named)}{dtypes}"
+        if key not in self.parts:
+            name = f"k{len(self.shared) + len(self.parts)}o"
+            self.parts[key] = ops.compile_op(self.module, named, lambda n: self.dtype(original[n]), name, in_place)
+        return [(compiled, [original[n] for n in local]) for compiled, local in self.parts[key]]
 
     def _contract(self, c: Contract) -> tuple[Compiled, list[int]]:
         """A product; equal ones on other buffers share code."""
@@ -137,10 +173,10 @@ class KernelCompiler:
         return any(overlaps(self.program, a, b) for a in loads for b in stores)
 
 
-def is_native(kernel: Kernel) -> bool:
+def is_native(program: Program, kernel: Kernel) -> bool:
     """Whether this backend has a native lowering of the kernel."""
     if isinstance(kernel, OpKernel):
-        return False
+        return ops.supports(kernel, lambda b: program.buffers[b].dtype)
     return isinstance(kernel, LoopKernel | ContractKernel)
 
 
@@ -158,7 +194,7 @@ def build(program: Program) -> tuple[list[tuple[list[int], Module, Layout, Plann
         run.clear()
 
     for index, kernel in enumerate(program.kernels):
-        if is_native(kernel):
+        if is_native(program, kernel):
             run.append(index)
         else:
             flush()
