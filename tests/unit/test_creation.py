@@ -15,7 +15,7 @@ from tracejit.ops import creation as ops
 def created(f) -> tuple[np.ndarray, set[str]]:  # type: ignore[no-untyped-def]
     """What ``f()`` makes inside a trace, and the names of the ops it took; nothing may be a captured
     array."""
-    results, graph, _ = record(lambda x: f(), np.zeros(()))
+    _, graph, _ = record(lambda x: f(), np.zeros(()))
     names = {n.op.name for n in graph} - {"input"}
     assert len(graph.inputs) == 1, "a created array is part of the graph, not an input"
     return run(lambda x: f(), np.zeros(()))[0], names
