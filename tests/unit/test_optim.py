@@ -252,6 +252,8 @@ def test_states_of_something_else_are_refused() -> None:
         optim.adam().update(a, a, optim.adam().init(b))
     with pytest.raises(tj.TraceError, match="made by another optimiser"):
         optim.adam().update(a, a, optim.sgd(0.1).init(a))
+    with pytest.raises(tj.TraceError, match="made by another optimiser"):
+        optim.adam().update(a, a, optim.rmsprop(0.1).init(a))
 
 
 @pytest.mark.parametrize(

@@ -62,6 +62,7 @@ class Optimizer:
 
     stages: tuple[Transform, ...]
     learning_rate: Rate
+    decay: float = 0.0  # decoupled: each step also scales the weights by 1 - rate * decay
 
     def init(self, model: Any) -> OptimizerState:
         """The state for a tree of weights (arrays; zeros, on the host)."""
@@ -80,33 +81,34 @@ class Optimizer:
             gradients = {
                 name: as_dtype(g, arithmetic_dtype(weights[name])) for name, g in tree.matching(grads).items()
             }
-            if len(state.slots) != len(self.stages):
-                raise TraceError.make(
-                    "this state was made by another optimiser", op="optimizer", hint="state = opt.init(model)"
-                )
+            self._check_state(state, weights)
             step = state.step + np.int32(1)
             slots = []
             for stage, kept in zip(self.stages, state.slots):
-                _check_slots(kept, weights)
                 gradients, kept = stage.apply(gradients, kept, weights, step)
                 slots.append(optree.tree_map(lambda x: as_dtype(x, x.dtype), kept))
             rate = current_rate(self.learning_rate, state.step)
-            moved = {
-                name: as_dtype(as_dtype(w, g.dtype) - g * scalar_as(rate, g.dtype), w.dtype)
-                for (name, w), g in zip(weights.items(), gradients.values())
-            }
+            moved = {}
+            for (name, w), g in zip(weights.items(), gradients.values()):
+                scale, wide = scalar_as(rate, g.dtype), as_dtype(w, g.dtype)
+                kept_part = wide * (1.0 - scale * self.decay) if self.decay else wide
+                moved[name] = as_dtype(kept_part - g * scale, w.dtype)
             return tree.rebuilt(moved), OptimizerState(as_dtype(step, np.dtype(np.int32)), tuple(slots))
 
-
-def _check_slots(kept: Any, weights: Leaves) -> None:
-    for slot in kept.values() if isinstance(kept, Mapping) else ():
-        if isinstance(slot, Mapping) and slot.keys() != weights.keys():
-            different = sorted(slot.keys() ^ weights.keys())[0]
-            raise TraceError.make(
-                f"this state belongs to another model: they differ at {different!r}",
-                op="optimizer",
-                hint="state = opt.init(model)",
-            )
+    def _check_state(self, state: OptimizerState, weights: Leaves) -> None:
+        """TraceError if ``state`` was made by another optimiser or for another model."""
+        expected = [stage.init({}).keys() for stage in self.stages]
+        hint = "state = opt.init(model)"
+        if not isinstance(state, OptimizerState) or [kept.keys() for kept in state.slots] != expected:
+            raise TraceError.make("this state was made by another optimiser", op="optimizer", hint=hint)
+        for slot in (slot for kept in state.slots for slot in kept.values()):
+            if slot.keys() != weights.keys():
+                different = min(slot.keys() ^ weights.keys())
+                raise TraceError.make(
+                    f"this state belongs to another model: they differ at {different!r}",
+                    op="optimizer",
+                    hint=hint,
+                )
 
 
 def chain(*parts: Transform | Optimizer) -> Optimizer:
@@ -122,7 +124,8 @@ def chain(*parts: Transform | Optimizer) -> Optimizer:
             "chain takes transforms such as clip_by_global_norm(...), then one optimiser, in this order"
         )
     last = parts[-1]
-    return Optimizer((*parts[:-1], *last.stages), last.learning_rate)  # type: ignore[arg-type]
+    stages = (*parts[:-1], *last.stages)
+    return Optimizer(stages, last.learning_rate, last.decay)  # type: ignore[arg-type]
 
 
 # -- trees ---------------------------------------------------------------------------------------------------

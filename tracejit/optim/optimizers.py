@@ -116,15 +116,17 @@ def _scale_by_adam(beta1: float, beta2: float, eps: float) -> Transform:
     def apply(grads: Leaves, slots: Any, weights: Leaves, step: Any) -> tuple[Leaves, Any]:
         m = {name: slots["m"][name] * beta1 + g * (1.0 - beta1) for name, g in grads.items()}
         v = {name: slots["v"][name] * beta2 + g * g * (1.0 - beta2) for name, g in grads.items()}
-        # Per dtype once: the factors of m and v that undo their start at zero.
-        factors = {
-            dtype: (1.0 / _debias(beta1, step, dtype), 1.0 / np.sqrt(_debias(beta2, step, dtype)))
-            for dtype in {g.dtype for g in grads.values()}
-        }
+        # (m / c1) / (sqrt(v / c2) + eps) with c = 1 - beta^step, the correction for the start at zero, written with
+        # two scalars made once per dtype so that each weight needs one multiplication less.
+        scalars: dict[Any, tuple[Any, Any]] = {}
+        for g in grads.values():
+            if g.dtype not in scalars:
+                c1, c2 = _debias(beta1, step, g.dtype), _debias(beta2, step, g.dtype)
+                scalars[g.dtype] = c1 / np.sqrt(c2), c1 * eps
         moved = {}
         for name, g in grads.items():
-            unbias_m, unbias_root_v = factors[g.dtype]
-            moved[name] = m[name] * unbias_m / (np.sqrt(v[name]) * unbias_root_v + eps)
+            scale, offset = scalars[g.dtype]
+            moved[name] = m[name] / (np.sqrt(v[name]) * scale + offset)
         return moved, {"m": m, "v": v}
 
     return Transform(init, apply)
@@ -160,7 +162,7 @@ def adamw(
     ``torch.optim.AdamW``.
     """
     _check_adam("adamw", learning_rate, betas, eps, weight_decay)
-    return Optimizer((_scale_by_adam(*betas, eps), *_with_decay(weight_decay)), learning_rate)
+    return Optimizer((_scale_by_adam(*betas, eps),), learning_rate, weight_decay)
 
 
 __all__ = ["adam", "adamw", "momentum", "nesterov", "rmsprop", "sgd"]
