@@ -84,6 +84,7 @@ class App:
         self._gif: list[pygame.Surface] | None = None
         self._gif_next = 0.0
         self._busy_until = 0.0
+        self._title = ""
         programs = self.programs()
         if programs:
             self.show_program(*programs[0])
@@ -184,8 +185,23 @@ class App:
         self.ui.programs = tuple(s.name for _, s in self.programs())
         self.ui.program = next((i for i, (_, s) in enumerate(self.programs()) if s is self.ui.session), 0)
         self.window.draw(self.screen, self.ui, self.scene, self.camera, now, self.mouse)
+        self._caption()
         if self._gif is not None:
             self._gif_frame(now)
+
+    def _caption(self) -> None:
+        """Window title: program, state, selection. Set only when it changes."""
+        ui = self.ui
+        parts = ["tracejit"]
+        if ui.session is not None:
+            parts.append(ui.session.name)
+            parts.append("playing" if ui.playing else "paused")
+        if ui.selected is not None and self.scene is not None:
+            parts.append(f"#{self.scene.items[ui.selected].head}")
+        text = " · ".join(parts)
+        if text != self._title:
+            self._title = text
+            pygame.display.set_caption(text)
 
     def _listen(self, now: float) -> None:
         assert self.hub is not None

@@ -20,6 +20,8 @@ def main() -> int:
         hub = Hub(place.meeting_dir())
         if not hub.listening:
             return 0
+        if hasattr(os, "nice"):
+            os.nice(5)  # the program being watched comes first
         try:
             from .app import App, default_size, open_screen
 

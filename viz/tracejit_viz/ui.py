@@ -38,7 +38,7 @@ SHORTCUTS = (
     ("N", "jump to the first NaN / Inf"),
     ("Tab", "next program or trainer"),
     ("S", "screenshot;  Shift S: record a GIF"),
-    ("M", "measure: show / hide the panels"),
+    ("M", "show / hide the panels"),
     ("Esc", "clear; close"),
     ("?", "this sheet"),
 )

@@ -188,23 +188,21 @@ class TopBar:
         if s is None:
             return float(w)
         step = ui.step
-        entries: list[tuple[str, str, float, int]] = []
-        if s.rate > 0:
-            rate = s.rate
-            entries.append(("steps/s", f"{rate:,.0f}".replace(",", " ") if rate >= 100 else f"{rate:.3g}", 84, 14))
-        if step is not None:
-            entries.append(("step time", time_text(step.duration * 1e-9), 100, 14))
-            entries.append(("step", count_text(step.step), 92, 14))
+        entries: list[tuple[str, str, int]] = []
         if s.loss:
-            at = s.loss[-1]
-            if step is not None and step.loss is not None:
-                at = step.loss
-            entries.append(("loss", number_text(at), 104, 16))
+            at = s.loss[-1] if step is None or step.loss is None else step.loss
+            entries.append(("loss", number_text(at), 16))
+        if step is not None:
+            entries.append(("step", count_text(step.step), 14))
+            entries.append(("step time", time_text(step.duration * 1e-9), 14))
+        if s.rate > 0:
+            entries.append(("steps/s", f"{s.rate:,.0f}".replace(",", " ") if s.rate >= 100 else f"{s.rate:.3g}", 14))
+        widths = [max(84.0, self.fonts.width(value, px, MONO, BOLD) + 26.0) for _, value, px in entries]
+        while entries and w - 6 - sum(widths) < left + 190:  # the least important goes first
+            entries.pop()
+            widths.pop()
         x = float(w) - 6
-        for title, value, width, px in entries:
-            width = max(width, self.fonts.width(value, px, MONO, BOLD) + 22)
-            if x - width < left + 190:
-                return x
+        for (title, value, px), width in zip(reversed(entries), reversed(widths)):
             x -= width
             c.text(title, (x, mid - 9), 11, MUTED)
             c.text(value, (x, mid + 8), px, TEXT, MONO, BOLD)

@@ -448,10 +448,10 @@ def _place_systems(
     y = 0.0
     for number, system in enumerate(systems):
         natural = sum(s.width for s in system) + COLUMN_GAP * (len(system) - 1)
-        slack = (page.width - natural) / len(system) if natural > 0.72 * page.width else 0.0
+        slack = (page.width - natural) / len(system) if natural > 0.6 * page.width else 0.0
         spans = _spans(system)
         if spans:
-            y += head * 0.8
+            y += head * 1.15
         top_of_system = y
         for phase in used:
             band = max((s.heights[phase] for s in system), default=0.0) * grow
@@ -476,7 +476,7 @@ def _place_systems(
         for title, first, last in spans:
             x0 = sum(s.width + slack + COLUMN_GAP for s in system[:first])
             x1 = sum(s.width + slack + COLUMN_GAP for s in system[: last + 1]) - COLUMN_GAP
-            page.spans.append((title, (x0, top_of_system - head * 0.75, x1 - x0, head * 0.5)))
+            page.spans.append((title, (x0, top_of_system - head * 0.95, x1 - x0, head * 0.5)))
         y += SYSTEM_GAP
     page.height = y - SYSTEM_GAP
 
