@@ -1,7 +1,7 @@
 """How far two correct runs of a random program may differ, and whether a backend's run is within that.
 
-Used by ``tests/backend/test_fuzz.py``; ``python -m tests.fuzz --device cpu --count 2000`` runs many programs and prints those
-that differ with the shortest prefix that shows it. What rounding may do to a result is measured: the program is run in
+Used by ``tests/backend/test_fuzz.py``; ``python -m tests.fuzz --device cpu --count 2000`` runs many programs and prints
+those that differ with the shortest prefix that shows it. What rounding may do to a result is measured: the program is run in
 float64, again with every inexact value disturbed by random rounding errors, and a result may differ by a multiple of what
 that changed. So a test that fails has found a real difference.
 """

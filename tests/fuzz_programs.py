@@ -59,12 +59,16 @@ def small_numbers(rng: np.random.Generator, shape: tuple[int, ...], dtype: np.dt
 
 @dataclass(frozen=True)
 class Value:
-    """A variable of the program: its value as written and in float64; ``exact``: the same in every correct run."""
+    """A variable of the program: its value as written and in float64.
+
+    ``exact``: the same in every correct run. ``constant``: a NumPy array also while tracing, as it depends on no argument.
+    """
 
     name: str
     narrow: np.ndarray
     wide: np.ndarray
     exact: bool
+    constant: bool = False
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -279,7 +283,10 @@ class Maker:
             if (error > 0.02 * np.abs(wide) + 0.02).any():
                 return False
         name = f"v{len(self.program.steps)}"
-        value = Value(name, narrow, wide, exact)
+        constant = expression.startswith(("np.arange", "np.full(", "np.tril", "np.eye")) or all(
+            v.constant for v in self.values if v.name in names
+        )
+        value = Value(name, narrow, wide, exact, constant)
         self.program.steps.append((name, expression))
         self.program.values[name] = value
         self.values.append(value)
@@ -531,6 +538,10 @@ def _gather(m: Maker) -> Made:
     i = m.pick(lambda v: v.kind in "iu" and v.narrow.size > 0)
     if x is None or i is None or x.narrow.size // x.shape[0] * i.narrow.size > _MAX_SIZE:
         return None
+    if x.constant and i.ndim == 0:
+        return None  # like= takes no NumPy scalar
+    if x.constant:  # NumPy's own arrays cannot be indexed by traced values
+        return f"np.asarray({x.name}, like={i.name})[{i.name} % {x.shape[0]}]", "exact"
     return f"{x.name}[{i.name} % {x.shape[0]}]", "exact"
 
 

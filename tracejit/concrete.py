@@ -71,7 +71,8 @@ def _unknown_value(tensor: Tensor, wanted: str) -> ConcretizationError:
         "bool": "`if`, `while`, `and`, `or`, `not` need a value: use tj.where(cond, a, b), tj.cond or tj.while_loop; "
         "`&`, `|`, `~` work on arrays",
         "index": "a loop count or index must be known while tracing: use a Python int argument, x.shape, tj.scan or np.take",
-        "NumPy array": "this NumPy function is not traceable here: return the tensor and call it on the result",
+        "NumPy array": "this NumPy function is not traceable here: return the tensor and call it on the result; to "
+        "index an array of the surroundings, write np.asarray(table, like=index)[index]",
     }
     return ConcretizationError.make(
         f"Python needs the {wanted} of an array, whose value is not known while tracing",

@@ -302,7 +302,7 @@ def test_an_operand_that_comes_later_is_caught() -> None:
 
 
 def test_a_missing_operand_is_caught() -> None:
-    x, e, mul, total = small_graph().nodes
+    x, _, mul, total = small_graph().nodes
     with pytest.raises(GraphError, match="comes later or is missing"):
         Graph("g", (x, mul, total), (x,), (total,), ("out",)).verify()
 
@@ -314,7 +314,7 @@ def test_an_input_node_outside_of_the_inputs_is_caught() -> None:
 
 
 def test_an_output_that_is_not_in_the_graph_is_caught() -> None:
-    x, e, mul, total = small_graph().nodes
+    x, e, _, total = small_graph().nodes
     with pytest.raises(GraphError, match="not a node of the graph"):
         Graph("g", (x, e), (x,), (total,), ("out",)).verify()
 

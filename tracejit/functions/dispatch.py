@@ -14,8 +14,10 @@ from typing import Any, NoReturn
 import numpy as np
 
 from tracejit import functions
+from tracejit.dtypes import canonical
 from tracejit.errors import TracingError, UnsupportedFunctionError
 from tracejit.functions import promotion as pr
+from tracejit.functions.creation import _holds_tensor
 from tracejit.tensor import Tensor
 
 # -- ufuncs --------------------------------------------------------------------------------------------------
@@ -121,12 +123,20 @@ def array_function(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) ->
     about = _ABOUT.get(func)
     if about is not None:
         return about(*args, **kwargs)
+    if func in _CONVERSIONS and args and not _holds_tensor(args[0]):
+        # np.asarray(table, like=x): an array of the surroundings enters the trace, by reference.
+        dtype = kwargs.get("dtype") if len(args) < 2 else args[1]
+        return pr.tensor(args[0], func.__name__, None if dtype is None else canonical(dtype, op=func.__name__))
     ours = _function_table(func)
     if ours is None:
         name = func.__name__
         module = getattr(func, "__module__", "") or "numpy"
         _unsupported(f"{module.replace('numpy', 'np', 1)}.{name}", name, _REASONS.get(name, ""))
     return _strong(ours(*args, **{k: v for k, v in kwargs.items() if v is not pr._NO_VALUE}))
+
+
+#: Reached without a tensor to convert only through their ``like=`` argument.
+_CONVERSIONS = frozenset({np.array, np.asarray, np.asanyarray, np.ascontiguousarray})
 
 
 @lru_cache(maxsize=1024)
