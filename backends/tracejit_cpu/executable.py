@@ -87,7 +87,9 @@ class CpuExecutable:
         self._host = hostops.HostOps(program, self._compile_graph)
         self._source: list[str] | None = None
         self.kernels: Sequence[KernelInfo] = [self._info(i) for i in range(len(program.kernels))]
-        self._plain = [b for b in program.outputs] == [b.id for b in self._targets]
+        self._shapes = [tuple(node.shape) for node in program.graph.outputs]
+        self._plain = list(program.outputs) == [b.id for b in self._targets]
+        self._plain = self._plain and all(b.shape == s for b, s in zip(self._targets, self._shapes))
         self._entry: entry.Entry | None = None
         self._run: Any = self._first
 
@@ -161,15 +163,15 @@ class CpuExecutable:
     def _arrange(self, results: Sequence[np.ndarray], inputs: Sequence[np.ndarray]) -> list[Any]:
         where = {b.id: r for b, r in zip(self._targets, results)}
         out: list[Any] = []
-        for number in self.program.outputs:
+        for number, shape in zip(self.program.outputs, self._shapes, strict=True):
             b = self.program.buffers[number]
             if b.kind == "input":
-                source = np.array(inputs[b.index], b.dtype, order="C", copy=True)
-                out.append(source.reshape(source.shape))
+                out.append(np.array(inputs[b.index], b.dtype, order="C", copy=True).reshape(shape))
             elif b.kind == "const":
-                out.append(self.constants[b.index].copy())
+                out.append(self.constants[b.index].reshape(shape).copy())
             else:
-                out.append(where[number] if not any(where[number] is o for o in out) else where[number].copy())
+                value = where[number].reshape(shape) if where[number].shape != shape else where[number]
+                out.append(value if not any(np.shares_memory(value, o) for o in out) else value.copy())
         return out
 
     def _slow(self, inputs: Sequence[Any]) -> list[Any]:

@@ -551,8 +551,8 @@ def _float_divide(fn: Fn, op: str, ty: str, lanes: int, a: str, b: str) -> str:
     return n.select(n.cmp("oeq", b, n.c(0.0)), plain, floor)
 
 
-def _int_pow(fn: Fn, ty: str, lanes: int, a: str, b: str) -> str:
-    """Repeated squaring per lane, modulo 2**bits as NumPy."""
+def _int_pow(fn: Fn, ty: str, lanes: int, signed: bool, a: str, b: str) -> str:
+    """Repeated squaring per lane, modulo 2**bits as NumPy; a negative power is truncated: 0 unless |a| is 1."""
     symbol = f"ipow_{ty}"
     if symbol not in fn.module.functions:
         inner = Fn(fn.module, symbol, f"{ty} %a, {ty} %b", ty)
@@ -565,7 +565,16 @@ def _int_pow(fn: Fn, ty: str, lanes: int, a: str, b: str) -> str:
             inner.set(ty, inner.op(f"mul {ty} {x}, {x}"), base)
             inner.set(ty, inner.op(f"lshr {ty} {p}, 1"), power)
         inner.finish(f"ret {ty} {inner.get(ty, out)}")
-    return _per_lane(fn, symbol, ty, lanes, [a, b])
+    n = Num(fn, ty, lanes)
+    if not signed:
+        return _per_lane(fn, symbol, ty, lanes, [a, b])
+    # for a in {1, -1} the low bit of b decides, negative or not
+    unit = n.logic("or", n.cmp("eq", a, n.c(1)), n.cmp("eq", a, n.c(-1)))
+    negative = n.cmp("slt", b, n.c(0))
+    low = n._two("and", b, n.c(1))
+    power = n.select(negative, low, b)
+    whole = _per_lane(fn, symbol, ty, lanes, [a, power])
+    return n.select(n.logic("and", negative, n.logic("xor", unit, const(True, "i1", lanes))), n.c(0), whole)
 
 
 def _shift(fn: Fn, op: str, ty: str, lanes: int, signed: bool, a: str, b: str) -> str:
@@ -694,7 +703,7 @@ def emit(
             return fn.op(f"trunc {vec('i8', lanes)} {out8} to {n.full}") if dst.kind == "b" else out8
         return _int_divide(fn, op, ty, lanes, signed, args[0], args[1])
     if op == "pow" and not floating:
-        return _int_pow(fn, ty, lanes, args[0], args[1])
+        return _int_pow(fn, ty, lanes, signed, args[0], args[1])
     if op in ("bitwise_and", "bitwise_or", "bitwise_xor", "logical_and", "logical_or", "logical_xor"):
         return n._two(op.rsplit("_", 1)[1], args[0], args[1])
     if op in ("left_shift", "right_shift"):
