@@ -6,6 +6,7 @@ Made by tracing, autograd and the passes; read by backends, the lowering, the vi
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,11 +15,14 @@ import numpy as np
 
 from tracejit import source as _source
 from tracejit.dtypes import DType
-from tracejit.errors import GraphError
+from tracejit.errors import GraphError, ShapeError
 from tracejit.ops import registry
 from tracejit.ops.registry import Op
 
 Shape = tuple[int, ...]
+
+#: NumPy refuses arrays beyond this many bytes as well; caught early so that the message is ours.
+MAX_BYTES = 1 << 62
 
 #: The dtype of nodes with several results (``scan``, ``cond``, ...), which ``proj`` nodes read one by one.
 TUPLE: DType = np.dtype("V")
@@ -57,7 +61,19 @@ class Node:
     gradient rule made this one, ``name`` the argument path of inputs. ``avals`` lists the results of a multi-output op.
     """
 
-    __slots__ = ("attrs", "avals", "dtype", "grad_of", "inputs", "key", "name", "op", "scope", "shape", "source")
+    __slots__ = (
+        "attrs",
+        "avals",
+        "dtype",
+        "grad_of",
+        "inputs",
+        "key",
+        "name",
+        "op",
+        "scope",
+        "shape",
+        "source",
+    )
 
     op: Op
     inputs: tuple[Node, ...]
@@ -189,6 +205,10 @@ class GraphBuilder:
             shape, dtype = (), TUPLE
         else:
             shape, dtype = inferred
+            if math.prod(shape) * dtype.itemsize > MAX_BYTES:
+                raise ShapeError.make(
+                    f"the result {dtype}[{','.join(map(str, shape))}] is too large for any memory", op=op.name
+                )
         # A node made by a gradient rule belongs to the line and scope of the forward node.
         origin = like if like is not None else self.grad_of
         node = Node(

@@ -13,11 +13,9 @@ import numpy as np
 
 from tracejit import trees
 from tracejit.dtypes import canonical
-from tracejit.errors import DTypeError, ShapeError, describe
+from tracejit.errors import DTypeError, ShapeError, TracingError, describe
+from tracejit.graph import MAX_BYTES
 from tracejit.tensor import Tensor, check_alive, check_int_range
-
-#: numpy refuses arrays beyond this many bytes as well; caught early so that the message is ours.
-MAX_BYTES = 1 << 62
 
 
 class Static:
@@ -66,6 +64,11 @@ def leaf_key(leaf: Any, path: str) -> tuple[Any, Any]:
         return (array.dtype, ()), array
     if hasattr(leaf, "__tracejit_array__"):
         return (leaf.dtype, leaf.shape), leaf
+    if hasattr(leaf, "__next__"):
+        raise TracingError.make(
+            f"argument {path} is a {kind.__name__}, which a call would use up",
+            hint="pass a list or tuple",
+        )
     if isinstance(leaf, bool | str | bytes | enum.Enum | type | np.dtype) or leaf is None or callable(leaf):
         return Static(leaf), leaf
     if isinstance(leaf, complex):

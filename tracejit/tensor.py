@@ -341,6 +341,10 @@ def _binary(name: str, left: Any, right: Any) -> Any:
         ):
             if isinstance(operand, list | tuple):
                 continue
+            if isinstance(operand, complex):
+                raise DTypeError.make(
+                    "complex numbers are not supported", op=name, got={"x": left, "y": right}
+                )
             return NotImplemented
     return getattr(_f(), name)(left, right)
 
@@ -472,6 +476,14 @@ def check_int_range(value: Any, op: str) -> None:
 def as_array(value: Any, *, op: str = "") -> Any:
     """A NumPy or device array of a supported dtype; a clear DTypeError for objects, strings, ragged lists, ..."""
     if isinstance(value, np.ndarray):
+        if isinstance(value, np.ma.MaskedArray | np.matrix):
+            kind = type(value).__name__
+            raise DTypeError.make(
+                f"a {kind} follows other rules than an array",
+                op=op,
+                got={"x": value},
+                hint="use np.asarray(x)",
+            )
         canonical(value.dtype, op=op)
         return value
     if hasattr(value, "__tracejit_array__"):
