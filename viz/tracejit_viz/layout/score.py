@@ -511,10 +511,11 @@ def _place_cell(
     page.cells.append(Cell(column, phase, title, rect, [c.index for c in cards]))
     for i, (a, b, iw, ih) in cell.items.items():
         page.items[i] = (a + ox, b + oy, iw, ih)
+    above = () if phase == "optimizer" else column  # update scopes are named after parameters, not after columns
     for g, (a, b, gw, gh) in cell.groups.items():
-        page.groups[phase, (*column, *g)] = (a + ox, b + oy, gw, gh)
+        page.groups[phase, (*above, *g)] = (a + ox, b + oy, gw, gh)
     for g, d in cell.directions.items():
-        page.directions[phase, (*column, *g)] = d
+        page.directions[phase, (*above, *g) if g else column] = d
     base = len(page.wires)
     for wire in cell.wires:
         points = [(a + ox, b + oy, tx, ty) for a, b, tx, ty in wire.points]
