@@ -6,6 +6,7 @@ Reached through operators, methods and NumPy's dispatch protocols; on concrete a
 from tracejit.functions.creation import *  # noqa: F403
 from tracejit.functions.elementwise import *  # noqa: F403
 from tracejit.functions.indexing import *  # noqa: F403
+from tracejit.functions.joining import *  # noqa: F403
 from tracejit.functions.linalg import *  # noqa: F403
 from tracejit.functions.nan_reductions import *  # noqa: F403
 from tracejit.functions.numeric import *  # noqa: F403

@@ -15,7 +15,8 @@ from tracejit.dtypes import BOOL, INT64, canonical
 from tracejit.errors import ShapeError
 from tracejit.functions import elementwise as el
 from tracejit.functions import promotion as pr
-from tracejit.functions.shape import moveaxis, reshape_to, shape_argument, stack
+from tracejit.functions.joining import stack
+from tracejit.functions.shape import moveaxis, reshape_to, shape_argument
 from tracejit.ops import elementwise as ew
 from tracejit.ops import shape as ops
 from tracejit.ops.creation import iota

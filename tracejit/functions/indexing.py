@@ -19,8 +19,9 @@ import numpy as np
 from tracejit.dtypes import BOOL, INT64, canonical
 from tracejit.errors import DTypeError, IndexingError, ShapeError, TracingError, UnsupportedFunctionError
 from tracejit.functions import promotion as pr
+from tracejit.functions.joining import stack
 from tracejit.functions.reductions import normalize_axis
-from tracejit.functions.shape import literal_array, ravel, reshape_to, stack, transpose
+from tracejit.functions.shape import literal_array, ravel, reshape_to, transpose
 from tracejit.ops import elementwise as ew
 from tracejit.ops import indexing as gather
 from tracejit.ops import shape as ops

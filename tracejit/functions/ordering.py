@@ -15,9 +15,10 @@ from tracejit.errors import DTypeError, ShapeError, UnsupportedFunctionError
 from tracejit.functions import elementwise as el
 from tracejit.functions import promotion as pr
 from tracejit.functions.indexing import getitem
+from tracejit.functions.joining import concatenate, stack
 from tracejit.functions.reductions import _accumulator as accumulator
 from tracejit.functions.reductions import normalize_axes, normalize_axis
-from tracejit.functions.shape import concatenate, ravel, reshape_to, stack, transpose
+from tracejit.functions.shape import ravel, reshape_to, transpose
 from tracejit.ops import elementwise as ew
 from tracejit.ops import ordering as ops
 from tracejit.ops.registry import Op
