@@ -27,6 +27,7 @@ from tracejit.program import Capabilities
 MAX_LEAVES = 6
 #: A value whose operands a kernel reads anyway may cost this many times ``recompute_flops``.
 FREE_FACTOR = 10
+_NONE: frozenset[Value] = frozenset()
 
 
 def strip(v: Value) -> Value:
@@ -54,17 +55,23 @@ def analyse(values: Sequence[Value], outputs: Sequence[Value], caps: Capabilitie
             continue
         inputs = set(v.inputs)
         # Backends hoist what does not vary along inner axes, so a row's value costs its elements only a share.
-        cost = weight(v) + sum(x.cost * min(1.0, x.size / max(1, v.size)) for x in inputs)
-        v.rows = frozenset().union(*(x.rows for x in inputs))
-        v.reds = frozenset().union(*((frozenset((x,)) if x.kind == REDUCE else x.reds) for x in inputs))
-        if v.op == "broadcast_to" and v.reds and v.size > v.inputs[0].size:
-            v.rows, v.reds = v.rows | v.reds, frozenset()
-        leaves: frozenset[Value] | None = frozenset()
+        cost, size = weight(v), max(1, v.size)
+        leaves: frozenset[Value] | None = _NONE
+        rows = reds = _NONE
         for x in inputs:
-            if leaves is None or x.leaves is None:
-                leaves = None
-                break
-            leaves |= x.leaves
+            if x.kind == CONST:
+                continue
+            cost += x.cost if x.size >= size else x.cost * x.size / size
+            leaves = None if leaves is None or x.leaves is None else x.leaves if not leaves else leaves | x.leaves
+            if x.rows:
+                rows = rows | x.rows if rows else x.rows
+            if x.kind == REDUCE:
+                reds |= {x}
+            elif x.reds:
+                reds = reds | x.reds if reds else x.reds
+        if reds and v.op == "broadcast_to" and v.size > v.inputs[0].size:
+            rows, reds = rows | reds, _NONE
+        v.rows, v.reds = rows, reds
         if leaves is not None and len(leaves) > MAX_LEAVES:
             leaves = None
         if kind == MAP or (kind == VIEW and v.op in ("reshape", "transpose")):

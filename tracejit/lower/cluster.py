@@ -12,7 +12,7 @@ from typing import Any
 
 from tracejit.lower import affine
 from tracejit.lower.affine import SCALAR, ZERO, Expr, Map, Split
-from tracejit.lower.values import CONST, REDUCE, VIEW, Value
+from tracejit.lower.values import CONST, GATHER_OPS, MAP, REDUCE, VIEW, Value
 
 
 class Cluster:
@@ -110,6 +110,14 @@ class Cluster:
     def inline(self, v: Value) -> None:
         """Compute ``v`` inside this cluster, which requests its operands."""
         self.members[v] = None
+        if v.kind == MAP and v.op not in GATHER_OPS:  # the common case, where the maps stay as they are
+            maps = v.maps.get(self, {})
+            for x in v.inputs:
+                if x.kind != CONST:
+                    x.maps.setdefault(self, {}).update(maps)
+                    x.consumers[self.owner] = None
+                    self.reads[x] = None
+            return
         while True:
             try:
                 wanted = [pair for m in v.maps.get(self, ()) for pair in operand_maps(self, v, m)]

@@ -27,6 +27,10 @@ def rewrite(body: LoopBody, groups: Sequence[Sequence[int]]) -> LoopBody:
     """The body with each group of old axes (outer to inner, walked together) as one new axis."""
     to_new = {a: i for i, g in enumerate(groups) for a in g}
     inner = [g[-1] for g in groups]
+    same = [list(g) for g in groups] == [[a] for a in range(len(body.domain))]
+    if same:
+        return LoopBody(body.domain, tuple(Instr(*i) if isinstance(i, tuple) else i for i in body.instrs), body.reduce_axes)
+    axes_of: dict[tuple[int, ...], tuple[int, ...]] = {}
 
     def strides(old: Sequence[int]) -> tuple[int, ...]:
         return tuple(old[a] for a in inner)
@@ -34,14 +38,17 @@ def rewrite(body: LoopBody, groups: Sequence[Sequence[int]]) -> LoopBody:
     out = []
     for i in body.instrs:
         attrs: Any = i.attrs
-        if i.op in ("load", "store"):
-            old: Access = attrs["access"]
-            attrs = {**attrs, "access": Access(old.buffer, strides(old.strides), old.offset)}
-        elif i.op == "random_bits":
-            attrs = {**attrs, "strides": strides(attrs["strides"])}
-        elif i.op == "index":
-            attrs = {"axis": to_new[attrs["axis"]]}
-        axes = tuple(sorted({to_new[a] for a in i.axes if a in to_new}))
+        if attrs:
+            if i.op in ("load", "store"):
+                old: Access = attrs["access"]
+                attrs = {**attrs, "access": Access(old.buffer, strides(old.strides), old.offset)}
+            elif i.op == "random_bits":
+                attrs = {**attrs, "strides": strides(attrs["strides"])}
+            elif i.op == "index":
+                attrs = {"axis": to_new[attrs["axis"]]}
+        axes = axes_of.get(i.axes)
+        if axes is None:
+            axes = axes_of[i.axes] = tuple(sorted({to_new[a] for a in i.axes if a in to_new}))
         out.append(Instr(i.op, i.args, i.dtype, axes, attrs, i.node))
     domain = tuple(prod(body.domain[a] for a in g) for g in groups)
     reduce_axes = tuple(sorted({to_new[a] for a in body.reduce_axes if a in to_new}))
@@ -76,14 +83,12 @@ def coalesce(body: LoopBody) -> LoopBody:
     """Order the axes by memory and merge what can be merged."""
     rank = len(body.domain)
     if rank == 0:
-        return body
+        return rewrite(body, [])
     all_strides = [a.strides for a in accesses(body)]
     fixed = {i.attrs["axis"] for i in body.instrs if i.op == "index"}
     red = set(body.reduce_axes)
     order = memory_order(body, red)
     groups = grouped(order, body.domain, all_strides, fixed, red)
-    if groups == [[a] for a in range(rank)]:
-        return body
     return rewrite(body, groups)
 
 

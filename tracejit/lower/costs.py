@@ -37,17 +37,22 @@ def body_accesses(body: LoopBody) -> Iterable[tuple[bool, Access, tuple[int, ...
 def body_cost(body: LoopBody, buffers: Sequence[Buffer]) -> tuple[int, int]:
     """(bytes, flops) of one body: each buffer's distinct elements once per direction, each instruction per point."""
     touched: dict[tuple[int, bool], int] = {}
-    for store, access, axes in body_accesses(body):
-        points = prod(body.domain[a] for a in axes)
-        key = (access.buffer, store)
-        b = buffers[access.buffer]
-        touched[key] = min(b.size, max(points, touched.get(key, 0)))
-    moved = sum(n * buffers[b].dtype.itemsize for (b, _), n in touched.items())
+    points: dict[tuple[int, ...], int] = {}
+    domain, reduced = body.domain, body.reduce_axes
     flops = 0.0
     for i in body.instrs:
-        if i.op not in _FREE:
-            axes = (*i.axes, *body.reduce_axes) if i.op == "reduce" else i.axes
-            flops += WEIGHTS.get(i.op, 1.0) * prod(body.domain[a] for a in set(axes))
+        op, axes = i.op, i.axes
+        if op == "reduce":
+            axes = tuple(sorted({*axes, *reduced}))
+        n = points.get(axes)
+        if n is None:
+            n = points[axes] = prod([domain[a] for a in axes])
+        if op == "load" or op == "store":
+            key = (i.attrs["access"].buffer, op == "store")
+            touched[key] = max(n, touched.get(key, 0))
+        elif op not in _FREE:
+            flops += WEIGHTS.get(op, 1.0) * n
+    moved = sum(min(n, buffers[b].size) * buffers[b].dtype.itemsize for (b, _), n in touched.items())
     return moved, int(flops)
 
 
@@ -108,6 +113,14 @@ def finish(kernel: Kernel, buffers: Sequence[Buffer]) -> Kernel:
             add_body(kernel.epilogue)
             m, f = body_cost(kernel.epilogue, buffers)
             moved, flops = moved + m, flops + f
+    return replace(kernel, reads=tuple(reads), writes=tuple(writes), bytes=moved, flops=flops)
+
+
+def joined(kernel: Kernel, parts: Sequence[Kernel]) -> Kernel:
+    """``kernel``, made of the work of ``parts``, with their costs added up."""
+    reads = dict.fromkeys(b for p in parts for b in p.reads)
+    writes = dict.fromkeys(b for p in parts for b in p.writes)
+    moved, flops = sum(p.bytes for p in parts), sum(p.flops for p in parts)
     return replace(kernel, reads=tuple(reads), writes=tuple(writes), bytes=moved, flops=flops)
 
 

@@ -6,7 +6,7 @@ Called by ``kernels.py``. Axis ids of a cluster become positions of the body's d
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -16,11 +16,22 @@ from tracejit.lower.affine import Expr, Map
 from tracejit.lower.cluster import Cluster, concat_parts, operand_maps
 from tracejit.lower.fusion import Fusion
 from tracejit.lower.layout import Place, is_stored, place_of
-from tracejit.lower.values import CONST, DOT, REDUCE, VIEW, Value
-from tracejit.program import Access, Instr, LoopBody
+from tracejit.lower.values import CONST, DOT, GATHER_OPS, MAP, REDUCE, VIEW, Value
+from tracejit.program import Access, LoopBody
 
-#: Access.buffer before buffers have ids: the root value itself (replaced in ``kernels.py``).
-BufferOf = Any
+
+_SPECIAL = GATHER_OPS | {"identity", "convert"}
+
+
+class Raw(NamedTuple):
+    """An instruction under construction: the fields of ``Instr``, several times cheaper to make."""
+
+    op: str
+    args: tuple[int, ...]
+    dtype: DType
+    axes: tuple[int, ...]
+    attrs: Mapping[str, Any]
+    node: int
 
 
 class BodyEmitter:
@@ -32,7 +43,7 @@ class BodyEmitter:
         self.position = {a: i for i, a in enumerate(self.order)}
         self.fusion = fusion
         self.buffer_ids = buffer_ids
-        self.instrs: list[Instr] = []
+        self.instrs: list[Any] = []
         self.memo: dict[Any, int] = {}
         self.reduced = frozenset(self.position[a] for a in (cluster.red or ()))
 
@@ -55,11 +66,13 @@ class BodyEmitter:
         if found is not None:
             return found
         if axes is None:
-            if len(args) == 1:
-                axes = self.instrs[args[0]].axes
-            else:
-                axes = tuple(sorted({a for i in args for a in self.instrs[i].axes}))
-        self.instrs.append(Instr(op, args, dtype, axes, attrs or {}, node))
+            instrs = self.instrs
+            axes = instrs[args[0]].axes
+            for i in args:
+                if instrs[i].axes != axes:
+                    axes = tuple(sorted({a for i in args for a in instrs[i].axes}))
+                    break
+        self.instrs.append(Raw(op, args, dtype, axes, attrs or {}, node))
         self.memo[full] = len(self.instrs) - 1
         return len(self.instrs) - 1
 
@@ -177,6 +190,10 @@ class BodyEmitter:
         op = v.op
         if v.kind == VIEW:
             return self.view(v, m)
+        if v.kind == MAP and op not in _SPECIAL:
+            positions = tuple([self.value(x, m) for x in v.inputs])
+            key = tuple(sorted((k, str(x)) for k, x in v.attrs.items())) if v.attrs else None
+            return self.emit(op, positions, v.dtype, v.attrs, key=key, node=v.nid)
         if op == "identity":
             return self.value(v.inputs[0], m)
         if op == "iota":
@@ -199,10 +216,8 @@ class BodyEmitter:
         if v.kind == REDUCE:
             axes_left = tuple(a for a in self.instrs[positions[0]].axes if a not in self.reduced)
             return self.emit("reduce", positions, v.dtype, {"kind": op}, key=op, axes=axes_left, node=v.nid)
-        if op == "convert":
-            return self.emit(op, positions, v.dtype, {"dtype": v.dtype}, key=v.dtype, node=v.nid)
-        key = tuple(sorted((k, str(x)) for k, x in v.attrs.items())) if v.attrs else None
-        return self.emit(op, positions, v.dtype, v.attrs, key=key, node=v.nid)
+        assert op == "convert", op
+        return self.emit(op, positions, v.dtype, {"dtype": v.dtype}, key=v.dtype, node=v.nid)
 
     def view(self, v: Value, m: Map) -> int:
         """Views only change where operands are read; pads and concatenations select."""
@@ -243,11 +258,11 @@ class BodyEmitter:
         _, access = self.access(place, m[0], False)
         axes = {i for i, s in enumerate(access.strides) if s} | set(self.instrs[value].axes)
         self.instrs.append(
-            Instr("store", (value,), v.dtype, tuple(sorted(axes)), {"access": access}, v.nid)
+            Raw("store", (value,), v.dtype, tuple(sorted(axes)), {"access": access}, v.nid)
         )
 
     def body(self) -> LoopBody:
-        """The finished body."""
+        """The body, of raw instructions: ``coalesce`` makes the final ones."""
         members = sorted(self.c.members, key=lambda v: v.index)
         for v in members:
             for m in v.maps[self.c]:
@@ -264,7 +279,7 @@ def accumulator(v: Value) -> DType:
     return np.dtype(np.float32) if v.kind == DOT and v.dtype == np.float16 else v.dtype
 
 
-def prune(instrs: tuple[Instr, ...]) -> tuple[Instr, ...]:
+def prune(instrs: tuple[Any, ...]) -> tuple[Any, ...]:
     """Drop instructions that no store needs."""
     used = [False] * len(instrs)
     for i in range(len(instrs) - 1, -1, -1):
@@ -277,7 +292,7 @@ def prune(instrs: tuple[Instr, ...]) -> tuple[Instr, ...]:
     if all(used):
         return instrs
     new: dict[int, int] = {}
-    out: list[Instr] = []
+    out: list[Any] = []
     for i, ins in enumerate(instrs):
         if used[i]:
             new[i] = len(out)
@@ -285,7 +300,7 @@ def prune(instrs: tuple[Instr, ...]) -> tuple[Instr, ...]:
     return tuple(out)
 
 
-def arguments(ins: Instr) -> list[int]:
+def arguments(ins: Any) -> list[int]:
     """All instructions that ``ins`` reads, through gathers and predicates too."""
     out = list(ins.args)
     if ins.op == "load":
@@ -295,7 +310,7 @@ def arguments(ins: Instr) -> list[int]:
     return out
 
 
-def renumber(ins: Instr, new: Mapping[int, int]) -> Instr:
+def renumber(ins: Any, new: Mapping[int, int]) -> Any:
     """``ins`` with argument positions mapped."""
     attrs = ins.attrs
     if ins.op == "load" and ("gather" in attrs or "predicate" in attrs):
@@ -304,4 +319,4 @@ def renumber(ins: Instr, new: Mapping[int, int]) -> Instr:
             attrs["gather"] = tuple((new[g], s, n) for g, s, n in attrs["gather"])
         if "predicate" in attrs:
             attrs["predicate"] = new[attrs["predicate"]]
-    return Instr(ins.op, tuple(new[a] for a in ins.args), ins.dtype, ins.axes, attrs, ins.node)
+    return Raw(ins.op, tuple(new[a] for a in ins.args), ins.dtype, ins.axes, attrs, ins.node)

@@ -257,8 +257,11 @@ class Fusion:
         """Store ``v``: in the cluster that computes it anyway, else in one of its own."""
         if v.nid in self.forced:
             host = None
-        elif v.kind == DOT and self.split_parts(v) > 1:
-            v.parts = self.split_parts(v)
+        elif v.kind == DOT and (parts := self.split_parts(v)) > 1:
+            if len(v.consumers) > 1:
+                self.split_shared(v)
+                return
+            v.parts = parts
             host = None
         else:
             host = self.choose_host(v)
@@ -302,9 +305,21 @@ class Fusion:
         if not found:
             return None
         if v.epi is not None and v.kind != REDUCE:
+            if self.caps.split_k > 1 and self.small_product(v.epi):
+                # The parts of the product are added up where the row is read anyway.
+                rows = [c for c in found if c.red is not None and inner_rows(c, next(iter(v.maps[c])))]
+                host = self.first(rows)
+                if host is not None:
+                    return host
             plain = [c for c in found if c.red is None and c.contract is None]
             return plain[0] if len(plain) == 1 else self.first(plain)
         return self.first(found)
+
+    def small_product(self, v: Value) -> bool:
+        """True for a product that split-K would make faster."""
+        if v.op != "dot_general" or v.size > self.caps.split_k_limit:
+            return False
+        return prod(v.inputs[0].shape[i] for i in v.attrs["lhs_contract"]) >= 256
 
     def first(self, found: list[Cluster]) -> Cluster | None:
         """A cluster that none of the others precedes."""
@@ -321,7 +336,7 @@ class Fusion:
         if v.kind in (DOT, OP):
             allowed = self.caps.contract_epilogue if v.kind == DOT else self.caps.conv_epilogue
             limit = self.caps.epilogue_buffers
-            if limit is not None and sum(1 for x in c.reads if x not in c.members or x.home is c) - 1 > limit:
+            if limit is not None and touched(c, v) > limit:
                 return False
             return allowed and everywhere and c.red is None and c.contract is None
         if everywhere:
@@ -351,8 +366,7 @@ class Fusion:
         """True unless ``v`` depends on reductions of other rows than those of ``c``, which then could not join it."""
         assert c.red is not None
         length = c.points(c.red)
-        last = next((e for e in reversed(m[0]) if e[1]), None)
-        inner = last is not None and min(last[1], key=lambda t: t[1])[0] in c.red
+        inner = inner_rows(c, m)
         for r in v.rows:
             x = r.inputs[0]
             axes = r.attrs["axes"] if "axes" in r.attrs else (r.attrs["axis"],)
@@ -396,18 +410,41 @@ class Fusion:
     # -- products and ops --------------------------------------------------------------------------
 
     def split_parts(self, v: Value) -> int:
-        """Split-K: how many partial sums of ``v`` its single consumer should add up."""
-        if self.caps.split_k <= 1 or v.required or len(v.consumers) != 1 or any(c.kind != "loop" for c in v.maps):
+        """Split-K: how many partial sums of ``v`` the kernel behind it should add up (1: no split).
+
+        Only where a loop over the results runs anyway and cannot be the epilogue: a row pipeline, an optimiser update.
+        """
+        if self.caps.split_k <= 1 or v.required or v.dtype.itemsize < 4 or v.size > self.caps.split_k_limit:
             return 1
-        a, b = v.inputs
+        a = v.inputs[0]
         outer = [a.shape[i] for i in v.attrs["lhs_contract"]]
         k = prod(outer)
-        if v.size > self.caps.split_k_limit or any(len(maps) != 1 for maps in v.maps.values()):
-            return 1
         parts = 1
         while parts * 2 <= self.caps.split_k and k // (parts * 2) >= 128 and outer[0] % (parts * 2) == 0:
             parts *= 2
-        return parts
+        if parts == 1 or any(c.kind != "loop" for c in v.maps) and len(v.consumers) == 1:
+            return 1
+        if len(v.consumers) == 1:
+            ((c, maps),) = v.maps.items()
+            return parts if len(maps) == 1 and not self.fits(c, v, next(iter(maps))) else 1
+        return parts if self.adder(v) is not None else 1
+
+    def adder(self, v: Value) -> Cluster | None:
+        """The row pipeline that could add up the parts of ``v`` and store the sum for its other users."""
+        kind, v.kind = v.kind, MAP  # as the sum of its parts
+        host = self.choose_host(v)
+        v.kind = kind
+        return host if host is not None and host.red is not None else None
+
+    def split_shared(self, v: Value) -> None:
+        """A split product with several users: the row pipeline among them stores the sum of the parts."""
+        product = Value(v.op, DOT, v.inputs, v.attrs, v.shape, v.dtype, v.nid)
+        product.index, product.users, product.epi, v.epi = v.index, [v], product, product
+        for x in v.inputs:
+            x.users = [product if u is v else u for u in x.users]
+        v.op, v.kind, v.inputs, v.attrs = "identity", MAP, (product,), {}
+        self.realise(v)
+        self.realise(product)
 
     def open_contract(self, c: Cluster, v: Value) -> None:
         """Attach product ``v`` to its epilogue ``c`` and ask for its operands."""
@@ -458,3 +495,25 @@ class Fusion:
             self.depends(c, list(u.consumers))
         for x in v.inputs:
             self.require(x, c)
+
+
+def inner_rows(c: Cluster, m: Map) -> bool:
+    """True if the rows that ``c`` reduces run along the last axis of a value wanted at ``m``."""
+    last = next((e for e in reversed(m[0]) if e[1]), None)
+    return last is not None and min(last[1], key=lambda t: t[1])[0] in (c.red or ())
+
+
+def touched(c: Cluster, v: Value) -> int:
+    """How many values in memory the loop ``c`` behind product ``v`` reads and writes, as far as can be told now."""
+    seen: set[Value] = set()
+    for x in c.reads:
+        if x is v:
+            continue
+        if x in c.members:
+            if x.home is c:
+                seen.add(x)
+        elif x.index < v.index and x.leaves is not None:
+            seen |= x.leaves
+        else:
+            seen.add(x)
+    return len(seen)

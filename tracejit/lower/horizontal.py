@@ -116,7 +116,7 @@ class Merger:
     def merged_contract(self, a: ContractKernel, b: ContractKernel) -> Kernel:
         """One kernel for the problems of both."""
         nodes = tuple(sorted({*a.nodes, *b.nodes}))
-        return costs.finish(ContractKernel(a.name, nodes, (), (), problems=a.problems + b.problems), self.buffers)
+        return costs.joined(ContractKernel(a.name, nodes, (), (), problems=a.problems + b.problems), (a, b))
 
     def merge_loops(self) -> None:
         """Small independent loops become one kernel."""
@@ -159,7 +159,7 @@ class Merger:
         name = a.name if b.name in a.name.split("+") else f"{a.name}+{b.name}"
         if name.count("+") > 3:
             name = a.name
-        return costs.finish(LoopKernel(name, nodes, (), (), bodies=a.bodies + b.bodies), self.buffers)
+        return costs.joined(LoopKernel(name, nodes, (), (), bodies=a.bodies + b.bodies), (a, b))
 
 
 def near(a: Item, b: Item) -> bool:

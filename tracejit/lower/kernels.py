@@ -14,7 +14,7 @@ import numpy as np
 from tracejit.lower import affine, costs
 from tracejit.lower.attention import attention_kernel
 from tracejit.lower.cluster import Cluster, operand_maps
-from tracejit.lower.coalesce import coalesce, coalesce_contract
+from tracejit.lower.coalesce import coalesce, coalesce_contract, rewrite
 from tracejit.lower.emit import BodyEmitter, accumulator
 from tracejit.lower.fusion import Fusion
 from tracejit.lower.layout import Place, place_of
@@ -166,6 +166,7 @@ class KernelBuilder:
         for d in dims:
             order.append(d[0] if d else c.new_axis(1))
         body = BodyEmitter(c, order, self.fusion, self.id_of).body()
+        body = rewrite(body, [[a] for a in range(len(order))])
         stores = [i for i in body.instrs if i.op == "store"]
         operands = tuple((self.contiguous(x), x.shape) for x in v.inputs)
         results = tuple((s.attrs["access"].buffer, v.shape) for s in stores)
