@@ -82,21 +82,22 @@ class _Body:
         """
         builder = GraphBuilder()
         lifted = {key: node for key, (_, node) in self.context.lifted.items()}
+        sources = [
+            *((n, n, n.name, "argument") for n in self.inputs[:head]),
+            *(
+                (t.node, lifted.get(key), t.node.name or f"outer{i}", "outer")
+                for i, (key, t) in enumerate(outer.items())
+            ),
+            *((n, n, n.name, "argument") for n in self.inputs[head:]),
+        ]
         fresh: list[Node] = []
         known: dict[Node, Node] = {}
-        for old in [*self.inputs[:head], *outer, *self.inputs[head:]]:
-            own = isinstance(old, Node)
-            like = old if own else outer[old]
-            name = old.name if own else (outer[old].node.name or f"outer{len(fresh)}")
-            kind = "argument" if own else "outer"
-            node = ops.input_node(builder, len(fresh), (like.shape, like.dtype), name, kind)
-            fresh.append(node)
-            inner = old if own else lifted.get(old)
-            if inner is not None:
-                known[inner] = node
+        for like, inner, name, kind in sources:
+            fresh.append(ops.input_node(builder, len(fresh), (like.shape, like.dtype), name, kind))
+            if inner is not None:  # None: only the other body of the operation reads this outer value
+                known[inner] = fresh[-1]
         results = list(self.outputs if outputs is None else outputs)
         effects = self.context.effects
-        # Building drops what nothing reads; inputs that only this body lacks stay as unread inputs.
         draft = Graph.build(self.context.name, self.context.inputs, [*results, *effects], (), effects)
         copied = inline(builder, draft, [known[n] for n in draft.inputs])
         results = copied[: len(results)]
@@ -171,6 +172,10 @@ def _absorbs(strong: DType, weak: DType) -> bool:
     50)."""
     rank = {"b": 0, "u": 1, "i": 1, "f": 2}
     return rank[weak.kind] <= rank[strong.kind]
+
+
+def _structure(tree: Any) -> Any:
+    return optree.tree_structure(tree, namespace=_NAMESPACE)
 
 
 def _paths(spec: Any) -> list[str]:
@@ -261,7 +266,7 @@ def _stable_body(
 
     def checked(*args: Any) -> Any:
         new, rest = split(fn(*args))
-        found = optree.tree_structure(new, namespace=_NAMESPACE)
+        found = _structure(new)
         if found != carry_spec:
             raise TracingError.make(
                 f"the body must return a carry of the structure it takes, {carry_spec}, but returns {found}",
@@ -333,7 +338,7 @@ def while_loop(cond_fn: Callable[[Any], Any], body_fn: Callable[[Any], Any], ini
             _check_same("while_loop", value, new)
             value = new
         return value
-    arguments = optree.tree_structure((init,), namespace=_NAMESPACE)
+    arguments = _structure((init,))
     names = [f"carry{p}" for p in _paths(spec)]
     body, avals = _stable_body(
         "while_loop", body_fn, avals, spec, [], arguments, names, lambda result: (result, ())
@@ -392,12 +397,12 @@ def scan(
     if current_context() is None:  # nothing to run, but the shapes of the ys must be found
         with recording(TraceContext("scan")):
             body = _record(_pair(f), "scan", [*carry, *(_Aval(a.shape[1:], a.dtype, False) for a in sizes)],
-                           optree.tree_structure((init, xs), namespace=_NAMESPACE), [""] * (len(carry) +
+                           _structure((init, xs)), [""] * (len(carry) +
                            len(sizes)))  # fmt: skip
         _, y_spec = body.tree.children()
         return init, y_spec.unflatten([np.empty((0, *n.shape), n.dtype) for n in body.outputs[len(carry) :]])
     slices = [_Aval(a.shape[1:], a.dtype, False) for a in sizes]
-    spec = optree.tree_structure((init, xs), namespace=_NAMESPACE)
+    spec = _structure((init, xs))
     names = [f"carry{p}" for p in _paths(init_spec)] + [f"x{p}" for p in _paths(x_spec)]
     body, carry = _stable_body("scan", f, carry, init_spec, slices, spec, names, _split_pair)
     n = len(carry)

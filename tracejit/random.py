@@ -69,7 +69,7 @@ def _words(k: Any, name: str) -> tuple[Any, Any]:
         k = pr.tensor(k, name)
     elif not isinstance(k, Tensor):
         k = np.asarray(k)
-    return tuple(ops.reshape(ops.slice_(k, start=(i,), stop=(i + 1,), step=(1,)), shape=()) for i in (0, 1))  # type: ignore[return-value]
+    return tuple(ops.reshape(ops.slice_(k, start=(i,), stop=(i + 1,), step=(1,)), shape=()) for i in (0, 1))
 
 
 def _const(value: Any, like: Any, dtype: DType | None = None) -> Any:
@@ -120,7 +120,7 @@ def _two_words(k0: Any, k1: Any, shape: Shape) -> tuple[Any, Any]:
     """Two independent words per element: positions 0 … n-1 and n … 2n-1 of the key's sequence."""
     words = random_bits(k0, k1, shape=(2, *shape))
     rest = len(shape)
-    return tuple(  # type: ignore[return-value]
+    return tuple(
         ops.reshape(
             ops.slice_(words, start=(i, *(0,) * rest), stop=(i + 1, *shape), step=(1,) * (rest + 1)),
             shape=shape,

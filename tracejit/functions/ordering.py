@@ -59,7 +59,7 @@ def partition(a: Any, kth: Any, axis: Any = -1, kind: str = "introselect", order
 def argpartition(a: Any, kth: Any, axis: Any = -1, kind: str = "introselect", order: Any = None) -> Any:
     """As ``np.argpartition``, by a full sort."""
     if not pr.any_tensor(a):
-        return np.argpartition(a, kth, axis, kind, order)  # type: ignore[call-overload]
+        return np.argpartition(a, kth, axis, kind, order)  # type: ignore[arg-type]
     return argsort(a, axis)
 
 
@@ -131,7 +131,7 @@ def diff(a: Any, n: int = 1, axis: int = -1, prepend: Any = None, append: Any = 
     """As ``np.diff``: differences of neighbours, ``n`` times; bools differ or not."""
     ends = {
         k: v for k, v in (("prepend", prepend), ("append", append)) if v is not None and v is not np._NoValue
-    }  # type: ignore[attr-defined]
+    }
     if not pr.any_tensor(a, *ends.values()):
         return np.diff(a, n, axis, **ends)
     x, n = pr.tensor(a, "diff"), operator.index(n)

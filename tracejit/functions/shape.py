@@ -77,7 +77,7 @@ def reshape(a: Any, /, shape: Any = None, order: str = "C", *, newshape: Any = N
 def ravel(a: Any, order: str = "C") -> Any:
     """As ``np.ravel``: one axis with all elements."""
     if not pr.any_tensor(a):
-        return np.ravel(a, order)  # type: ignore[arg-type]
+        return np.ravel(a, order)  # type: ignore[call-overload]
     return reshape(a, -1 if a.size else 0, order="C" if order == "K" else order)
 
 

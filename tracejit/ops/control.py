@@ -392,7 +392,7 @@ class _ArrayFormatter(string.Formatter):
             return format(array.item(), format_spec)
         if not format_spec:
             return str(array)
-        return np.array2string(array, formatter={"all": lambda v: format(v, format_spec)})  # type: ignore[arg-type]
+        return np.array2string(array, formatter={"all": lambda v: format(v, format_spec)})
 
 
 def format_message(fmt: str, values: Sequence[Any]) -> str:

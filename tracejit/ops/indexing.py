@@ -17,7 +17,7 @@ from tracejit.dtypes import INT64, DType
 from tracejit.errors import DTypeError, IndexingError, ShapeError
 from tracejit.ops import registry
 from tracejit.ops.creation import iota
-from tracejit.ops.registry import HasAval, define
+from tracejit.ops.registry import HasAval, Op, define
 from tracejit.ops.shape import broadcast_to, filled
 
 Shape = tuple[int, ...]
@@ -61,7 +61,7 @@ def _take_reference(x: np.ndarray, idx: np.ndarray, *, axis: int) -> np.ndarray:
     return np.take(x, _wrapped(idx, x.shape[axis]), axis=axis)
 
 
-take = define(
+take: Op = define(
     "take",
     arity=2,
     infer=_take_infer,
@@ -110,7 +110,7 @@ def _scatter_add_reference(base: np.ndarray, idx: np.ndarray, upd: np.ndarray, *
     return out
 
 
-scatter_add = define(
+scatter_add: Op = define(
     "scatter_add",
     arity=3,
     infer=_scatter_add_infer,
@@ -162,7 +162,7 @@ def _take_along_axis_vjp(g: Any, y: Any, x: Any, idx: Any, *, axis: int) -> list
     return [scatter_add_along_axis(zeros, idx, g, axis=axis), None]
 
 
-take_along_axis = define(
+take_along_axis: Op = define(
     "take_along_axis",
     arity=2,
     infer=_take_along_axis_infer,
@@ -205,7 +205,7 @@ def _scatter_add_along_axis_reference(
     return out
 
 
-scatter_add_along_axis = define(
+scatter_add_along_axis: Op = define(
     "scatter_add_along_axis",
     arity=3,
     infer=_scatter_add_along_axis_infer,

@@ -13,7 +13,7 @@ from tracejit.dtypes import INT64, DType
 from tracejit.errors import DTypeError, ShapeError
 from tracejit.ops import registry
 from tracejit.ops.indexing import take_along_axis
-from tracejit.ops.registry import NONDIFFERENTIABLE, HasAval, define
+from tracejit.ops.registry import NONDIFFERENTIABLE, HasAval, Op, define
 from tracejit.ops.shape import concatenate, filled, flip, pad, slice_
 
 Aval = tuple[tuple[int, ...], DType]
@@ -37,7 +37,7 @@ def _argsort_infer(x: HasAval, *, axis: int) -> Aval:
     return x.shape, INT64
 
 
-argsort = define(
+argsort: Op = define(
     "argsort",
     arity=1,
     infer=_argsort_infer,
@@ -61,7 +61,7 @@ def _sort_vjp(g: Any, y: Any, x: Any, *, axis: int) -> list[Any]:
     return [take_along_axis(g, rank, axis=axis)]
 
 
-sort = define(
+sort: Op = define(
     "sort",
     arity=1,
     infer=_sort_infer,
@@ -102,7 +102,7 @@ def _cumulative_reference(function: np.ufunc) -> Any:
     return reference
 
 
-cumsum = define(
+cumsum: Op = define(
     "cumsum",
     arity=1,
     infer=_cumulative_infer("cumsum"),
@@ -161,7 +161,7 @@ def _cumprod_vjp(g: Any, y: Any, x: Any, *, axis: int, reverse: bool) -> list[An
     return [flip(dx, axes=(axis,)) if reverse else dx]
 
 
-cumprod = define(
+cumprod: Op = define(
     "cumprod",
     arity=1,
     infer=_cumulative_infer("cumprod"),

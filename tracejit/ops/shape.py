@@ -15,7 +15,7 @@ from tracejit.dtypes import DType
 from tracejit.errors import DTypeError, ShapeError
 from tracejit.ops import registry
 from tracejit.ops.creation import const
-from tracejit.ops.registry import HasAval, define
+from tracejit.ops.registry import HasAval, Op, define
 
 Shape = tuple[int, ...]
 Aval = tuple[Shape, DType]
@@ -38,7 +38,7 @@ def _reshape_infer(x: HasAval, *, shape: Shape) -> Aval:
     return shape, x.dtype
 
 
-reshape = define(
+reshape: Op = define(
     "reshape",
     arity=1,
     infer=_reshape_infer,
@@ -72,7 +72,7 @@ def _inverse(perm: Shape) -> Shape:
     return tuple(out)
 
 
-transpose = define(
+transpose: Op = define(
     "transpose",
     arity=1,
     infer=_transpose_infer,
@@ -107,7 +107,7 @@ def _broadcast_to_vjp(g: Any, y: Any, x: Any, *, shape: Shape) -> list[Any]:
     return [reshape(total, shape=x.shape) if expanded else total]
 
 
-broadcast_to = define(
+broadcast_to: Op = define(
     "broadcast_to",
     arity=1,
     infer=_broadcast_to_infer,
@@ -152,7 +152,7 @@ def _slice_vjp(g: Any, y: Any, x: Any, *, start: Shape, stop: Shape, step: Shape
     return [pad(g, low=tuple(low), high=tuple(high), interior=tuple(s - 1 for s in step), value=0.0)]
 
 
-slice_ = define(
+slice_: Op = define(
     "slice",
     arity=1,
     infer=_slice_infer,
@@ -200,7 +200,7 @@ def _pad_vjp(g: Any, y: Any, x: Any, *, low: Shape, high: Shape, interior: Shape
     return [slice_(g, start=low, stop=stop, step=tuple(i + 1 for i in interior))]
 
 
-pad = define(
+pad: Op = define(
     "pad",
     arity=1,
     infer=_pad_infer,
@@ -234,7 +234,7 @@ def _flip_infer(x: HasAval, *, axes: Shape) -> Aval:
     return x.shape, x.dtype
 
 
-flip = define(
+flip: Op = define(
     "flip",
     arity=1,
     infer=_flip_infer,
@@ -286,7 +286,7 @@ def _concatenate_vjp(g: Any, y: Any, *xs: Any, axis: int) -> list[Any]:
     return out
 
 
-concatenate = define(
+concatenate: Op = define(
     "concatenate",
     arity=None,
     infer=_concatenate_infer,

@@ -17,7 +17,7 @@ from numpy.lib.stride_tricks import sliding_window_view
 
 from tracejit.dtypes import DType
 from tracejit.errors import DTypeError, ShapeError
-from tracejit.ops.registry import HasAval, define
+from tracejit.ops.registry import HasAval, Op, define
 
 Pair = tuple[int, int]
 Padding = tuple[Pair, Pair]
@@ -121,7 +121,7 @@ def _columns(
 ) -> np.ndarray:
     """The windows of ``x`` as a view [groups, C/groups, kH, kW, N, H', W']."""
     extent = tuple(d * (k - 1) + 1 for k, d in zip(kernel, dilation, strict=True))
-    windows = sliding_window_view(_padded(x, padding), extent, axis=(2, 3))  # type: ignore[call-overload]
+    windows = sliding_window_view(_padded(x, padding), extent, axis=(2, 3))
     windows = windows[:, :, :: stride[0], :: stride[1], :: dilation[0], :: dilation[1]]
     n, c = x.shape[:2]
     grouped = windows.reshape(n, groups, c // groups, *windows.shape[2:]) if groups > 1 else windows[:, None]
@@ -212,7 +212,7 @@ def _conv_arrays(a: dict[str, Any]) -> tuple[np.ndarray, np.ndarray, np.ndarray]
     return x, w, rng.normal(size=_conv_shape("conv2d", {}, x.shape, w.shape, **a))
 
 
-conv2d = define(
+conv2d: Op = define(
     "conv2d",
     arity=2,
     infer=_conv2d_infer,
@@ -230,7 +230,7 @@ conv2d = define(
     attrs=_CONV_ATTRS,
 )
 
-conv2d_input_grad = define(
+conv2d_input_grad: Op = define(
     "conv2d_input_grad",
     arity=2,
     infer=_conv2d_input_grad_infer,
@@ -250,7 +250,7 @@ conv2d_input_grad = define(
     attrs={"shape": "shape of the image", **_CONV_ATTRS},
 )
 
-conv2d_weight_grad = define(
+conv2d_weight_grad: Op = define(
     "conv2d_weight_grad",
     arity=2,
     infer=_conv2d_weight_grad_infer,
@@ -355,7 +355,7 @@ def _max_pool2d_grad_reference(
     n, c, h, w = x.shape
     (top, bottom), (left, right) = padding
     out = np.zeros((n, c, h + top + bottom, w + left + right), g.dtype)
-    for i, j, rows, cols in _offsets(kernel, g.shape[2:], stride, (1, 1)):  # type: ignore[arg-type]
+    for i, j, rows, cols in _offsets(kernel, g.shape[2:], stride, (1, 1)):
         out[:, :, rows, cols] += np.where(winner == i * kernel[1] + j, g, g.dtype.type(0))
     return np.ascontiguousarray(out[:, :, top : top + h, left : left + w])
 
@@ -366,7 +366,7 @@ def _max_pool2d_select_reference(
     winner = _winners(x, kernel, stride, padding)
     padded = _padded(t, padding)
     out = np.zeros(winner.shape, t.dtype)
-    for i, j, rows, cols in _offsets(kernel, winner.shape[2:], stride, (1, 1)):  # type: ignore[arg-type]
+    for i, j, rows, cols in _offsets(kernel, winner.shape[2:], stride, (1, 1)):
         np.copyto(out, padded[:, :, rows, cols], where=winner == i * kernel[1] + j)
     return out
 
@@ -401,7 +401,7 @@ def _avg_pool2d_grad_reference(
     (top, bottom), (left, right) = padding
     share = g * g.dtype.type(1 / (kernel[0] * kernel[1]))
     out = np.zeros((n, c, h + top + bottom, w + left + right), g.dtype)
-    for _, _, rows, cols in _offsets(kernel, g.shape[2:], stride, (1, 1)):  # type: ignore[arg-type]
+    for _, _, rows, cols in _offsets(kernel, g.shape[2:], stride, (1, 1)):
         out[:, :, rows, cols] += share
     return np.ascontiguousarray(out[:, :, top : top + h, left : left + w])
 
@@ -422,7 +422,7 @@ def _pool_arrays(a: dict[str, Any]) -> tuple[np.ndarray, np.ndarray, np.ndarray]
     return x, t, rng.normal(size=_pool_shape("pool", {}, x.shape, **a))
 
 
-max_pool2d = define(
+max_pool2d: Op = define(
     "max_pool2d",
     arity=1,
     infer=_max_pool2d_infer,
@@ -437,7 +437,7 @@ max_pool2d = define(
     attrs=_POOL_ATTRS,
 )
 
-max_pool2d_grad = define(
+max_pool2d_grad: Op = define(
     "max_pool2d_grad",
     arity=2,
     infer=_max_pool2d_grad_infer,
@@ -452,7 +452,7 @@ max_pool2d_grad = define(
     attrs=_POOL_ATTRS,
 )
 
-max_pool2d_select = define(
+max_pool2d_select: Op = define(
     "max_pool2d_select",
     arity=2,
     infer=_max_pool2d_select_infer,
@@ -467,7 +467,7 @@ max_pool2d_select = define(
     attrs=_POOL_ATTRS,
 )
 
-avg_pool2d = define(
+avg_pool2d: Op = define(
     "avg_pool2d",
     arity=1,
     infer=_avg_pool2d_infer,
@@ -482,7 +482,7 @@ avg_pool2d = define(
     attrs=_POOL_ATTRS,
 )
 
-avg_pool2d_grad = define(
+avg_pool2d_grad: Op = define(
     "avg_pool2d_grad",
     arity=1,
     infer=_avg_pool2d_grad_infer,
