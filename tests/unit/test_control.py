@@ -231,6 +231,23 @@ def test_scan_saves_only_the_carries_that_change() -> None:
     assert (7, 3, 3) not in stacked, "the weights are not"
 
 
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("kind", ["nothing", "carry_in", "carry_out", "both"])
+def test_scan_runs_forward_once_if_its_results_hold_the_carries(kind: str, reverse: bool) -> None:
+    def f(w: Any, xs: Any) -> Any:
+        def step(c: Any, x: Any) -> Any:
+            new = np.tanh(c @ w + x)
+            return new, {"nothing": None, "carry_in": c, "carry_out": new, "both": (new, c)}[kind]
+
+        carry, ys = tj.scan(step, np.full(2, 0.3), xs, reverse=reverse)
+        return (carry**2).sum() + (np.sin(ys).sum() if kind in ("carry_in", "carry_out") else 0)
+
+    w, xs = RNG.normal(size=(2, 2)), RNG.normal(size=(4, 2))
+    check_grad(f, w, xs, wrt=(0, 1))
+    scans = [n for n in tj.grad(f).graph(w, xs) if n.op.name == "scan"]
+    assert len(scans) == (3 if kind == "nothing" else 2)
+
+
 def test_scan_with_length_only_and_no_results_per_step() -> None:
     f = lambda x: tj.scan(lambda c, none: (c + x, none), np.float32(0), None, length=4)  # noqa: E731
     total, ys = traced(f, np.float32(1.5))

@@ -17,7 +17,8 @@ import numpy as np
 
 from tracejit.dtypes import BOOL, DType
 from tracejit.errors import DTypeError, GradientError, GraphError, ShapeError
-from tracejit.ops.registry import HasAval, define
+from tracejit.ops.registry import HasAval, Op, define
+from tracejit.ops.shape import concatenate, reshape, slice_
 
 if TYPE_CHECKING:
     from tracejit.graph import Graph, GraphBuilder, Node
@@ -153,7 +154,7 @@ def _cond_samples() -> list[tuple[tuple[np.ndarray, ...], dict[str, Any]]]:
     return [((np.asarray(p), x), attrs) for p in (True, False)]
 
 
-cond = define(
+cond: Op = define(
     "cond",
     arity=None,
     infer=_cond_infer,  # type: ignore[arg-type]  # multi-output ops return a list
@@ -266,6 +267,45 @@ def _scan_reference(
     return (*carry, *stacked)
 
 
+def _saved_carries(
+    moving: Sequence[int],
+    y: Sequence[Any],
+    operands: Sequence[Any],
+    body: Graph,
+    n_carry: int,
+    length: int,
+    reverse: bool,
+) -> list[Any]:
+    """For each carry in ``moving``, its value at the start of every step, stacked.
+
+    Often the forward scan returns it already: as a y (the carry it got), or shifted by one step (the carry it hands
+    on, as in ``return h, h``). For the rest the scan is run once more with the carries as its ys.
+    """
+    from tracejit.graph import Graph as GraphType
+
+    found: dict[int, Any] = {}
+    for i in moving:
+        for k in range(n_carry, len(body.outputs)):
+            if body.outputs[k] is body.inputs[i]:
+                found[i] = y[k]
+            elif body.outputs[k] is body.outputs[i] and i not in found and length:
+                start, rest = (
+                    reshape(operands[i], shape=(1, *operands[i].shape)),
+                    (0,) * len(operands[i].shape),
+                )
+                first, last = (1, length) if reverse else (0, length - 1)
+                stop = (last, *operands[i].shape)
+                kept = slice_(y[k], start=(first, *rest), stop=stop, step=(1,) * len(stop))
+                found[i] = concatenate(*((kept, start) if reverse else (start, kept)), axis=0)
+    missing = [i for i in moving if i not in found]
+    if missing:
+        outs = [*body.outputs[:n_carry], *(body.inputs[i] for i in missing)]
+        keeping = GraphType.build(f"{body.name}_saving", body.inputs, outs)
+        results = scan(*operands, body_graph=keeping, n_carry=n_carry, length=length, reverse=reverse)
+        found.update(zip(missing, results[n_carry:], strict=True))
+    return [found[i] for i in moving]
+
+
 def _scan_vjp(
     g: Sequence[Any],
     y: Any,
@@ -277,8 +317,8 @@ def _scan_vjp(
 ) -> list[Any]:
     """A scan in the other direction over the saved carries, with the cotangents of the carries as its carry.
 
-    The forward scan is run once more to save the carries it went through (per step: only those that the
-    gradient of the body reads and that change). Pass-through carries are not saved but passed through again.
+    Saved are only the carries that the gradient of the body reads and that change; pass-through carries are passed
+    through again.
     """
     from tracejit.autograd import vjp_graph
     from tracejit.graph import Graph as GraphType
@@ -297,11 +337,7 @@ def _scan_vjp(
     fixed = [i for i in range(n_carry) if read[i] and body.outputs[i] is body.inputs[i]]
     moving = [i for i in range(n_carry) if read[i] and body.outputs[i] is not body.inputs[i]]
     xs = [i for i in range(n_carry, n_in) if read[i]]
-    saved: Sequence[Any] = ()
-    if moving:
-        outs = [*body.outputs[:n_carry], *(body.inputs[i] for i in moving)]
-        keeping = GraphType.build(f"{body.name}_saving", body.inputs, outs)
-        saved = scan(*operands, body_graph=keeping, n_carry=n_carry, length=length, reverse=reverse)[n_carry:]
+    saved = _saved_carries(moving, y, operands, body, n_carry, length, reverse)
 
     # The body of the backward scan: carries (fixed values, cotangents of carries), then slices (saved
     # carries, xs, cotangents of ys).
@@ -359,7 +395,7 @@ def _scan_samples() -> list[tuple[tuple[np.ndarray, ...], dict[str, Any]]]:
     ]
 
 
-scan = define(
+scan: Op = define(
     "scan",
     arity=None,
     infer=_scan_infer,  # type: ignore[arg-type]  # multi-output ops return a list
