@@ -27,7 +27,7 @@ from tracejit.program import (
     OpKernel,
     Program,
 )
-from tracejit_cpu import codecache, gemm, ops
+from tracejit_cpu import attention, codecache, gemm, ops
 from tracejit_cpu.body import localize
 from tracejit_cpu.host import host
 from tracejit_cpu.irbuilder import Module
@@ -103,9 +103,34 @@ class KernelCompiler:
                 else:
                     out.append(self._contract(c))
             return out
+        if isinstance(kernel, AttentionKernel):
+            return [self._attention(kernel)]
         if isinstance(kernel, OpKernel):
             return self._op(kernel)
         raise TypeError(f"no native lowering for {type(kernel).__name__}")
+
+    def _attention(self, kernel: AttentionKernel) -> tuple[Compiled, list[int]]:
+        """An attention kernel; equal heads of other layers share code."""
+        import dataclasses
+
+        numbers: dict[int, int] = {}
+        changes: dict[str, Any] = {"reads": (), "writes": (), "after": ()}
+        for field_ in dataclasses.fields(kernel):
+            access = getattr(kernel, field_.name)
+            if isinstance(access, Access):
+                local = numbers.setdefault(access.buffer, len(numbers))
+                changes[field_.name] = Access(local, access.strides, access.offset)
+        named = dataclasses.replace(kernel, **changes)
+        original = {v: k for k, v in numbers.items()}
+        key = f"attention{_stable(named)}{[self.dtype(original[i]).name for i in range(len(original))]}"
+
+        def make(name: str) -> Compiled:
+            compiled, local = attention.compile_attention(self.module, named, lambda n: self.dtype(original[n]), name)
+            self.orders[key] = local
+            return compiled
+
+        compiled = self.once(key, make)
+        return compiled, [original[n] for n in self.orders[key]]
 
     def _op(self, kernel: OpKernel) -> list[tuple[Compiled, list[int]]]:
         """An op kernel; equal ones on other buffers share code."""
@@ -177,7 +202,7 @@ def is_native(program: Program, kernel: Kernel) -> bool:
     """Whether this backend has a native lowering of the kernel."""
     if isinstance(kernel, OpKernel):
         return ops.supports(kernel, lambda b: program.buffers[b].dtype)
-    return isinstance(kernel, LoopKernel | ContractKernel)
+    return isinstance(kernel, LoopKernel | ContractKernel | AttentionKernel)
 
 
 def build(program: Program) -> tuple[list[tuple[list[int], Module, Layout, Planner]], list[Segment | HostStep | int]]:

@@ -163,6 +163,7 @@ class CpuExecutable:
     def _arrange(self, results: Sequence[np.ndarray], inputs: Sequence[np.ndarray]) -> list[Any]:
         where = {b.id: r for b, r in zip(self._targets, results)}
         out: list[Any] = []
+        used: set[int] = set()
         for number, shape in zip(self.program.outputs, self._shapes, strict=True):
             b = self.program.buffers[number]
             if b.kind == "input":
@@ -171,7 +172,8 @@ class CpuExecutable:
                 out.append(self.constants[b.index].reshape(shape).copy())
             else:
                 value = where[number].reshape(shape) if where[number].shape != shape else where[number]
-                out.append(value if not any(np.shares_memory(value, o) for o in out) else value.copy())
+                out.append(value.copy() if number in used else value)
+                used.add(number)
         return out
 
     def _slow(self, inputs: Sequence[Any]) -> list[Any]:
