@@ -217,3 +217,17 @@ def total(shape: Sequence[int]) -> int:
 def same_layout(shape: Sequence[int], a: Sequence[int], b: Sequence[int]) -> bool:
     """True if two stride tuples address the same elements; strides of axes of size one do not matter."""
     return all(n == 1 or x == y for n, x, y in zip(shape, a, b, strict=True))
+
+
+def refinable(a: Sequence[int], b: Sequence[int]) -> bool:
+    """True if axes of sizes ``a`` and of sizes ``b`` can be split so that both walk the same finer axes."""
+    left, right = [n for n in a if n != 1], [n for n in b if n != 1]
+    while left and right:
+        x, y = left.pop(), right.pop()
+        if x > y and x % y == 0:
+            left.append(x // y)
+        elif y > x and y % x == 0:
+            right.append(y // x)
+        elif x != y:
+            return False
+    return not left and not right

@@ -143,8 +143,11 @@ class Fusion:
         self.decide("concatenate in place", [v], f"{len(v.inputs)} parts are written where they belong")
 
     def part_of(self, x: Value, strides: tuple[int, ...]) -> tuple[Value, tuple[int, ...]] | None:
-        """The value to compute straight into a part of a concatenation, and its strides there; None if it needs a copy."""
-        while x.op in ("reshape", "transpose"):
+        """The value to compute straight into a part of a concatenation, and its strides there; None if it needs a copy.
+
+        Nothing else may read it: backends track hazards per buffer, and readers would wait for all the other parts.
+        """
+        while x.op in ("reshape", "transpose") and len(set(x.users)) == 1:
             if x.op == "transpose":
                 moved = [0] * len(strides)
                 for s, p in zip(strides, x.attrs["perm"], strict=True):
@@ -156,7 +159,7 @@ class Fusion:
                     break
                 strides = inner
             x = x.inputs[0]
-        busy = x.required or x.layout is not None or x.target is not None
+        busy = x.required or x.layout is not None or x.target is not None or len(x.users) != 1
         if busy or x.kind in (LEAF, CONST, OP) or (x.kind == PROJ and x.inputs[0].kind == OP):
             return None
         return x, strides
@@ -285,8 +288,7 @@ class Fusion:
                 self.require(x, host)
         else:
             if v.kind == REDUCE and host.root is v:
-                axes = v.attrs["axes"] if "axes" in v.attrs else (v.attrs["axis"],)
-                host.red = [host.new_axis(v.inputs[0].shape[a]) for a in axes if v.inputs[0].shape[a] != 1]
+                host.red = [host.new_axis(n) for n in reduced_dims(v)]
             host.inline(v)
 
     def choose_host(self, v: Value) -> Cluster | None:
@@ -354,7 +356,8 @@ class Fusion:
         if not rest or not affine.is_bijection(m[0], [a for a in c.axes if a in used], c.sizes, v.shape):
             return None
         length = c.points(rest)
-        if any(r.size == v.size and r.inputs[0].size == r.size * length for r in v.reds):
+        sizes = [c.sizes[a] for a in rest]
+        if any(r.size == v.size and affine.refinable(sizes, reduced_dims(r)) for r in v.reds):
             return rest if self.row_length_ok(length, v.size) else None
         return None
 
@@ -388,13 +391,14 @@ class Fusion:
         rest = c.red if c.red is not None else [a for a in c.axes if a not in used]
         if set(used) | set(rest) != set(c.axes) or set(used) & set(rest) or c.points(rest) != length:
             return False
+        if not affine.refinable([c.sizes[a] for a in rest], reduced_dims(v)):
+            return False
         return self.row_length_ok(length, v.size)
 
     def join_reduce(self, c: Cluster, v: Value) -> None:
         """Make ``v`` a stage of ``c``."""
         (m,) = v.maps[c]
-        axes = v.attrs["axes"] if "axes" in v.attrs else (v.attrs["axis"],)
-        dims = [v.inputs[0].shape[a] for a in axes if v.inputs[0].shape[a] != 1]
+        dims = reduced_dims(v)
         if c.red is None:
             used = affine.axes_of(m)
             rest = [a for a in c.axes if a not in used]
@@ -495,6 +499,13 @@ class Fusion:
             self.depends(c, list(u.consumers))
         for x in v.inputs:
             self.require(x, c)
+
+
+def reduced_dims(v: Value) -> list[int]:
+    """Sizes of the axes that a reduction removes, without those of size one."""
+    x = v.inputs[0]
+    axes = v.attrs["axes"] if "axes" in v.attrs else (v.attrs["axis"],)
+    return [x.shape[a] for a in axes if x.shape[a] != 1]
 
 
 def inner_rows(c: Cluster, m: Map) -> bool:

@@ -141,9 +141,12 @@ class KernelBuilder:
         problem = Contract(
             sizes["batch"], sizes["m"], sizes["n"], sizes["k"], left, right, body, accumulator(v)
         )
-        if v.parts > 1:
-            problem = split_k(problem, v.parts, v.size)
         problem = coalesce_contract(problem)
+        if v.parts > 1:
+            at_k = next((i for i, n in enumerate(problem.k) if n % v.parts == 0), None)
+            if at_k is None:
+                raise Unfusable(v.nid)
+            problem = split_k(problem, v.parts, v.size, at_k)
         return costs.finish(
             ContractKernel(self.name(c), self.nodes(c), (), (), problems=(problem,)), self.buffers
         )
@@ -253,10 +256,10 @@ def split_axis(c: Cluster, axis: int, inner: int) -> list[int]:
     return [len(c.sizes) - 2, len(c.sizes) - 1]
 
 
-def split_k(p: Contract, parts: int, size: int) -> Contract:
-    """The same product as ``parts`` partial sums, stored one after the other."""
-    outer = p.k[0] // parts
-    at = len(p.batch) + len(p.m) + len(p.n)
+def split_k(p: Contract, parts: int, size: int, at_k: int) -> Contract:
+    """The same product as ``parts`` partial sums over pieces of k axis ``at_k``, stored one after the other."""
+    outer = p.k[at_k] // parts
+    at = len(p.batch) + len(p.m) + len(p.n) + at_k
 
     def operand(a: Access) -> Access:
         return Access(a.buffer, (a.strides[at] * outer, *a.strides), a.offset)
@@ -271,6 +274,6 @@ def split_k(p: Contract, parts: int, size: int) -> Contract:
         instrs.append(Instr(i.op, i.args, i.dtype, axes, attrs, i.node))
     body = LoopBody((parts, *p.epilogue.domain), tuple(instrs))
     return replace(
-        p, batch=(parts, *p.batch), k=(outer, *p.k[1:]), a=operand(p.a), b=operand(p.b), epilogue=body
+        p, batch=(parts, *p.batch), k=(*p.k[:at_k], outer, *p.k[at_k + 1 :]), a=operand(p.a), b=operand(p.b), epilogue=body
     )
 
