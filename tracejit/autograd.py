@@ -20,6 +20,7 @@ from tracejit.errors import GradientError, ShapeError, describe
 from tracejit.graph import Graph, Node
 from tracejit.ops import registry
 from tracejit.ops.registry import NONDIFFERENTIABLE
+from tracejit.state import changed
 from tracejit.tensor import (
     Tensor,
     TraceContext,
@@ -203,7 +204,10 @@ class _Gradient:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if current_context() is None:
-            return self._outside()(*args, **kwargs)
+            with changed(
+                disable_jit=False
+            ):  # a derivative is made by tracing, also where nothing is compiled
+                return self._outside()(*args, **kwargs)
         return self._inside(args, kwargs)
 
     def _outside(self) -> Any:
@@ -360,7 +364,8 @@ def jvp(fn: Callable[..., Any], primals: Sequence[Any], tangents: Sequence[Any])
         traced = TracedFunction(
             lambda p, t: _jvp(fn, p, t), name=f"jvp({getattr(fn, '__name__', 'function')})", environment=fn
         )
-        return traced(tuple(primals), tuple(tangents))
+        with changed(disable_jit=False):
+            return traced(tuple(primals), tuple(tangents))
     return _jvp(fn, tuple(primals), tuple(tangents))
 
 

@@ -127,14 +127,14 @@ def test_lists_and_tuples_are_trees_of_scalars_not_arrays() -> None:
 
 def test_ragged_lists_in_traced_code_are_refused() -> None:
     with pytest.raises(tj.ShapeError, match=r"test_bad_input.py:\d+"):
-        tj.trace(lambda x: x + [[1.0, 2.0], [3.0]])(X)
-    with pytest.raises((tj.ShapeError, ValueError), match="(?i)inhomogeneous|shape"):
+        tj.trace(lambda x: np.add(x, [[1.0, 2.0], [3.0]]))(X)
+    with pytest.raises((tj.ShapeError, ValueError), match=r"(?i)inhomogeneous|shape"):
         tj.trace(lambda x: np.concatenate([x, [[1.0], [2.0, 3.0]]]))(X)
 
 
 def test_list_literals_in_traced_code_work_like_in_numpy(device: str) -> None:
-    f = tj.trace(lambda x: x + [1.0, 2.0, 3.0])
-    same(f(X, device=device), X + [1.0, 2.0, 3.0])
+    f = tj.trace(lambda x: np.multiply(x, [1.0, 2.0, 3.0]) - [[1.0], [2.0]])
+    same(f(X, device=device), X * [1.0, 2.0, 3.0] - [[1.0], [2.0]])
 
 
 def test_empty_trees(device: str) -> None:
@@ -147,7 +147,7 @@ def test_empty_trees(device: str) -> None:
 
 def test_a_call_without_any_array(device: str) -> None:
     assert tj.trace(lambda: None)(device=device) is None
-    assert tj.trace(lambda: {})(device=device) == {}
+    assert tj.trace(dict)(device=device) == {}
     assert tj.trace(lambda: "text")(device=device) == "text"
     same(tj.trace(lambda: np.zeros(3))(device=device), np.zeros(3))
 
@@ -306,7 +306,7 @@ def test_products_over_an_empty_axis_are_zero(device: str) -> None:
 def test_the_maximum_of_nothing_is_an_error_as_in_numpy() -> None:
     with pytest.raises(ValueError, match="no elements"):
         tj.trace(lambda x: x.max())(np.zeros((0, 3)))
-    with pytest.raises(ValueError, match="no elements|empty"):
+    with pytest.raises(ValueError, match=r"no elements|empty"):
         tj.trace(lambda x: np.argmax(x))(np.zeros(0))
 
 
