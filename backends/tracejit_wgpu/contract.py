@@ -96,7 +96,7 @@ def contract_dispatches(problems: Sequence[Contract], tables: Tables, label: str
     ready = [normalise(c) for c in problems]
     m, n, k = (prod(x) for x in (ready[0].m, ready[0].n, ready[0].k))
     if min(m, n) < 4 or k < 4 or m * n * k * prod(ready[0].batch) < 4096:
-        return loop_dispatches([_as_loop(p) for p in ready], tables, label)
+        return loop_dispatches([_as_loop(p, tables) for p in ready], tables, label)
     out: list[Dispatch] = []
     groups: list[list[Problem]] = []
     for p in ready:
@@ -122,7 +122,7 @@ def _bindings(problems: Sequence[Problem], tables: Tables) -> int:
     return len(found)
 
 
-def _as_loop(p: Problem) -> LoopBody:
+def _as_loop(p: Problem, tables: Tables) -> LoopBody:
     """The contraction as a multiply-and-reduce body: for vectors, thin and tiny products."""
     outer = len(p.batch) + len(p.m) + len(p.n)
     pad = (0,) * len(p.k)
@@ -138,13 +138,19 @@ def _as_loop(p: Problem) -> LoopBody:
     def access(a: Access) -> Access:
         return a if p.k else replace(a, strides=(*a.strides, 0))
 
-    instrs.append(Instr("load", (), p.acc, (), {"access": access(p.a)}))
-    instrs.append(Instr("load", (), p.acc, (), {"access": access(p.b)}))
-    instrs.append(Instr("mul", (0, 1), p.acc, ()))
-    instrs.append(Instr("reduce", (2,), p.acc, (), {"kind": "sum"}))
+    factors = []
+    for side in (p.a, p.b):
+        dtype = tables.dtype(side.buffer)
+        instrs.append(Instr("load", (), dtype, (), {"access": access(side)}))
+        if dtype != p.acc:
+            instrs.append(Instr("convert", (len(instrs) - 1,), p.acc, (), {"dtype": p.acc}))
+        factors.append(len(instrs) - 1)
+    instrs.append(Instr("mul", (factors[0], factors[1]), p.acc, ()))
+    instrs.append(Instr("reduce", (len(instrs) - 1,), p.acc, (), {"kind": "sum"}))
+    result = len(instrs) - 1
     for position, instr in enumerate(epilogue.instrs):
         if position == acc:
-            where[position] = 3
+            where[position] = result
             continue
         attrs = dict(instr.attrs)
         if "access" in attrs:
