@@ -38,6 +38,10 @@ class Fusion:
         self.forced = forced
         self.clusters: list[Cluster] = []
         self.decisions: list[Decision] = []
+        #: The value whose memory holds a required value in row-major order, where that is not its own.
+        self.memory: dict[Value, Value] = {}
+        #: The values that are written into the memory of an assembled concatenation.
+        self.parts: dict[Value, list[Value]] = {}
         #: Operand side of each product.
         self.regions: dict[Value, Cluster] = {}
         self._bits = 0
@@ -102,7 +106,7 @@ class Fusion:
         elif taken or (base.kind in (LEAF, OP, PROJ, CONST) and not plain) or (base.required and base.layout is None and not plain):
             base, plain = v, True
         if base is not v:
-            v.alias = base
+            self.memory[v] = base
         if not plain:
             base.layout = strides
         elif base.kind != LEAF:
@@ -126,6 +130,7 @@ class Fusion:
         axis = v.attrs["axis"]
         strides = v.target[1] if v.target else v.layout or self.preferred_layout(v)
         v.layout = strides
+        self.parts[v] = []
         at = 0
         for x in v.inputs:
             offset = at * strides[axis]
@@ -134,10 +139,12 @@ class Fusion:
             if part is None:
                 copy = self.copy_of(x, v.consumers)
                 copy.target = (v, strides, offset)
+                self.parts[v].append(copy)
                 self.realise(copy)
             else:
                 base, inner = part
                 base.target = (v, inner, offset)
+                self.parts[v].append(base)
                 base.required = True
                 base.consumers.update(v.consumers)
         self.decide("concatenate in place", [v], f"{len(v.inputs)} parts are written where they belong")

@@ -17,7 +17,7 @@ from tracejit.lower.cluster import Cluster, operand_maps
 from tracejit.lower.coalesce import coalesce, coalesce_contract, rewrite
 from tracejit.lower.emit import BodyEmitter, accumulator
 from tracejit.lower.fusion import Fusion
-from tracejit.lower.layout import Place, place_of
+from tracejit.lower.layout import Place, memory_of, place_of
 from tracejit.lower.values import DOT, LEAF, PROJ, Value
 from tracejit.program import (
     Access,
@@ -53,7 +53,7 @@ class KernelBuilder:
             self._add(v, "input", i)
         self.outputs: list[int] = []
         for i, v in enumerate(prepared.outputs):
-            root = place_of(v, fusion).root
+            root = memory_of(v, fusion)
             if root not in self.ids and root.kind != LEAF:
                 self._add(root, "output", i, shape=v.shape)
             self.outputs.append(self.id_of(root))
@@ -184,9 +184,7 @@ class KernelBuilder:
 
     def contiguous(self, v: Value) -> int:
         """The buffer that holds exactly ``v``."""
-        place = place_of(v, self.fusion)
-        assert place.offset == 0 and place.root.size == v.size, v
-        return self.id_of(place.root)
+        return self.id_of(memory_of(v, self.fusion))
 
     def op_kernel(self, c: Cluster) -> Kernel:
         """An op on whole buffers."""

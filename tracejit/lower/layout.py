@@ -25,10 +25,7 @@ def place_of(v: Value, fusion: Fusion) -> Place:
     """The place of a value that is in memory (decided on first use)."""
     if v.place is not None:
         return v.place
-    if v.alias is not None:
-        owner = place_of(v.alias, fusion)
-        place = Place(owner.root, affine.contiguous(v.shape), owner.offset)
-    elif v.target is not None:
+    if v.target is not None:
         within, strides, offset = v.target
         owner = place_of(within, fusion)
         place = Place(owner.root, strides, owner.offset + offset)
@@ -40,6 +37,13 @@ def place_of(v: Value, fusion: Fusion) -> Place:
         place = Place(v, fusion.preferred_layout(v))
     v.place = place
     return place
+
+
+def memory_of(v: Value, fusion: Fusion) -> Value:
+    """The root value whose buffer holds exactly the required value ``v``, in row-major order."""
+    place = place_of(fusion.memory.get(v, v), fusion)
+    assert place.offset == 0 and place.root.size == v.size, v
+    return place.root
 
 
 def is_flat(v: Value) -> bool:

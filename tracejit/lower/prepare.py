@@ -144,7 +144,7 @@ class Prepared:
             return self.make(name, LEAF, (), attrs, shape, dtype, nid)
         if name == "const":
             return self.const(attrs["value"], dtype, nid)
-        if name in ("identity", "stop_gradient") or (name == "convert" and inputs[0].dtype == dtype):
+        if name in ("identity", "stop_gradient", "barrier") or (name == "convert" and inputs[0].dtype == dtype):
             return inputs[0]
         if name == "print":
             v = self.make(name, OP, inputs, attrs, shape, dtype, nid)

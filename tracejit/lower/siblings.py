@@ -78,10 +78,19 @@ def mergeable(fusion: Fusion, a: Cluster, b: Cluster) -> bool:
             mine, theirs = set(v.maps[a]), {renamed(m, axes) for m in v.maps[b]}
             if mine != theirs or len(mine) != 1:
                 return False
+    for made, other in ((a, b), (b, a)):
+        for v in other.reads:
+            if v in fusion.parts and v not in other.members and made_in(fusion, v, made):
+                return False
     for made in (a, b):
         if any(v.home is made and v not in (b if made is a else a).reads and v.parts > 1 for v in made.reads):
             return False
     return True
+
+
+def made_in(fusion: Fusion, v: Value, c: Cluster) -> bool:
+    """True if ``c`` writes (a part of) the assembled concatenation ``v``."""
+    return any(x.home is c or (x in fusion.parts and made_in(fusion, x, c)) for x in fusion.parts[v])
 
 
 def merge(fusion: Fusion, a: Cluster, b: Cluster) -> None:

@@ -58,7 +58,7 @@ class Value:
     """
 
     __slots__ = (
-        "alias", "attrs", "consumers", "cost", "dtype", "epi", "home", "index", "inputs", "kind", "layout", "leaves",
+        "attrs", "consumers", "cost", "dtype", "epi", "home", "index", "inputs", "kind", "layout", "leaves",
         "maps", "nid", "op", "parts", "place",
         "reds", "required", "rows", "segments", "shape", "size", "sure", "target", "users",
     )  # fmt: skip
@@ -90,9 +90,8 @@ class Value:
         self.rows: frozenset[Value] = frozenset()
         self.reds: frozenset[Value] = frozenset()
         self.sure = False
-        #: Memory: ``alias`` shares its elements in row-major order, ``layout`` are wanted strides, ``target`` is
-        #: (owner, strides, offset) inside another value, ``place`` the final answer, ``parts`` split-K partial sums.
-        self.alias: Value | None = None
+        #: Memory: ``layout`` are wanted strides, ``target`` is (owner, strides, offset) inside another value,
+        #: ``place`` the final answer, ``parts`` the number of split-K partial sums.
         self.layout: tuple[int, ...] | None = None
         self.target: Any = None
         self.place: Any = None
