@@ -12,7 +12,7 @@ from tracejit.graph import ArrayLiteral, GraphBuilder
 from tracejit.ops import creation as ops
 
 
-def created(f) -> tuple[np.ndarray, set[str]]:  # type: ignore[no-untyped-def]
+def created(f) -> tuple[np.ndarray, set[str]]:
     """What ``f()`` makes inside a trace, and the names of the ops it took; nothing may be a captured
     array."""
     _, graph, _ = record(lambda x: f(), np.zeros(()))
@@ -65,7 +65,7 @@ def test_as_numpy_and_part_of_the_graph(name: str) -> None:
         lambda x: np.full_like(x, 1, dtype=np.float32),
     ],
 )
-def test_like_functions(f, dtype: str) -> None:  # type: ignore[no-untyped-def]
+def test_like_functions(f, dtype: str) -> None:
     check(f, np.zeros((2, 3), dtype))
 
 

@@ -33,7 +33,7 @@ def both_ways(graph: Graph) -> None:
     assert through_json(graph) == graph
 
 
-def recorded(f, *shapes: tuple[int, ...], name: str = "g") -> Graph:  # type: ignore[no-untyped-def]
+def recorded(f, *shapes: tuple[int, ...], name: str = "g") -> Graph:
     ctx = TraceContext(name)
     with recording(ctx):
         x = [Tensor(ctx.add_input(f"x{i}", s, np.dtype("float32")), ctx) for i, s in enumerate(shapes)]
@@ -69,7 +69,7 @@ def test_every_op_in_the_table_goes_both_ways(op: Any) -> None:
 
 
 def test_a_whole_training_step_goes_both_ways() -> None:
-    def loss(w, x):  # type: ignore[no-untyped-def]
+    def loss(w, x):
         with tj.named_scope("layer"):
             return (np.tanh(x @ w) ** 2).mean()
 
@@ -81,7 +81,7 @@ def test_a_whole_training_step_goes_both_ways() -> None:
 
 
 def test_control_flow_and_its_sub_graphs_go_both_ways() -> None:
-    def f(x):  # type: ignore[no-untyped-def]
+    def f(x):
         carry, ys = tj.scan(lambda c, row: (c + row.sum(), np.sin(row)), np.float32(0), x)
         n, _ = tj.while_loop(lambda v: v[0] < 3, lambda v: (v[0] + 1, v[1] * 2), (0, carry))
         return tj.cond(carry > 0, lambda: ys.sum(), lambda: carry), n
@@ -162,7 +162,7 @@ def test_no_outputs_other_input_order_and_effects() -> None:
     assert Graph.parse(str(swapped)) != graph
     both_ways(Graph("nothing", graph.nodes[:2], graph.inputs, (), ()))
 
-    def printing(x):  # type: ignore[no-untyped-def]
+    def printing(x):
         tj.print("{}", x)
         return x * 2
 
@@ -307,7 +307,7 @@ def test_resource_limits(monkeypatch: pytest.MonkeyPatch) -> None:
         (lambda d: d["outputs"].append(3), "must be an object"),
     ],
 )
-def test_malformed_json_names_the_place(change, words: str) -> None:  # type: ignore[no-untyped-def]
+def test_malformed_json_names_the_place(change, words: str) -> None:
     data = Graph.parse(GOOD).to_json()
     change(data)
     with pytest.raises(GraphError, match=words):

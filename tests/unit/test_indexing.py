@@ -265,7 +265,7 @@ def test_a_concrete_index_array_is_read_at_each_call_not_frozen() -> None:
         ),
     ],
 )
-def test_mistakes_are_explained(f, error: type[Exception], words: str) -> None:  # type: ignore[no-untyped-def]
+def test_mistakes_are_explained(f, error: type[Exception], words: str) -> None:
     with pytest.raises(error, match=words) as caught:
         record(f, np.ones((3, 4)))
     assert "test_indexing.py" in str(caught.value), "the message names the user's line"

@@ -47,6 +47,8 @@ FUNCTIONS = {
     "quantile_keepdims": lambda x: np.quantile(x, [[0.1], [0.2]], axis=0, keepdims=True),
     "percentile": lambda x: np.percentile(x, 60, axis=-1),
 }
+if not hasattr(np, "cumulative_sum"):  # NumPy 2.0
+    FUNCTIONS = {name: f for name, f in FUNCTIONS.items() if not name.startswith("cumulative")}
 for _method in ("lower", "higher", "nearest", "midpoint"):
     FUNCTIONS[f"quantile_{_method}"] = lambda x, m=_method: np.quantile(x, [0.1, 0.5, 0.77], method=m)
 
@@ -121,7 +123,7 @@ def test_cumprod_gradient_is_right_with_zeros(zeros: int, reverse: bool) -> None
 def test_cumprod_second_derivative_is_right_with_zeros() -> None:
     x, g = np.array([0.5, 0.0, -2.0, 0.0, 3.0]), RNG.normal(size=5)
 
-    def gradient(x):  # type: ignore[no-untyped-def]
+    def gradient(x):
         return ops.cumprod.vjp(np.asarray(g), None, x, axis=0, reverse=False)[0]  # type: ignore[operator]
 
     check_gradient(gradient, x, rtol=1e-5)
@@ -164,7 +166,7 @@ def test_concrete_calls_are_numpys() -> None:
         (lambda x: np.median(x > 0), DTypeError, "numbers"),
     ],
 )
-def test_mistakes_are_explained(f, error: type[Exception], words: str) -> None:  # type: ignore[no-untyped-def]
+def test_mistakes_are_explained(f, error: type[Exception], words: str) -> None:
     with pytest.raises(error, match=words) as caught:
         record(f, np.ones((2, 3)))
     assert "test_ordering.py" in str(caught.value), "the message names the user's line"

@@ -129,7 +129,7 @@ def test_every_dtype_is_kept(name: str, dtype: str) -> None:
         lambda x: np.expand_dims(x, 0),
     ],
 )
-def test_zero_size(f) -> None:  # type: ignore[no-untyped-def]
+def test_zero_size(f) -> None:
     check(f, np.zeros((3, 0), np.float32))
 
 
@@ -152,7 +152,7 @@ def test_zero_size(f) -> None:  # type: ignore[no-untyped-def]
         lambda x: np.roll(x, 1),
     ],
 )
-def test_scalars(f) -> None:  # type: ignore[no-untyped-def]
+def test_scalars(f) -> None:
     check(f, np.float32(1.5))
 
 
@@ -184,7 +184,7 @@ def test_joining_promotes_as_numpy_does() -> None:
 def test_broadcast_arrays_and_static_facts() -> None:
     check(lambda x, y: np.broadcast_arrays(x, y), sample((2, 1)), sample((3,)))
 
-    def facts(x):  # type: ignore[no-untyped-def]
+    def facts(x):
         assert (np.shape(x), np.ndim(x), np.size(x), np.size(x, 1)) == ((2, 3), 2, 6, 3)
         return x
 
@@ -238,7 +238,7 @@ def test_identities_record_nothing() -> None:
         (lambda x: np.reshape(x, (np.int64(1) * x.astype(int).max(), -1)), ConcretizationError, "not known"),
     ],
 )
-def test_mistakes_are_explained(f, error: type[Exception], words: str) -> None:  # type: ignore[no-untyped-def]
+def test_mistakes_are_explained(f, error: type[Exception], words: str) -> None:
     with pytest.raises(error, match=words) as caught:
         record(f, np.ones((2, 3)))
     if issubclass(error, ShapeError):
