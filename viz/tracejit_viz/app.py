@@ -341,7 +341,8 @@ class App:
             if action is not None:
                 self.act(action[0], action[1], now)
         elif drag == "pan" and not self._moved and self.scene is not None:
-            double = now - self._last_click[0] < 0.35 and abs(pos[0] - self._last_click[1][0]) < 6
+            then, where = self._last_click
+            double = now - then < 0.35 and abs(pos[0] - where[0]) + abs(pos[1] - where[1]) < 8
             self._last_click = (now, pos)
             shift = bool(pygame.key.get_mods() & pygame.KMOD_SHIFT)
             self.click(pos, shift=shift, double=double, now=now)

@@ -306,8 +306,15 @@ class LiveObserver:
             self._wanted.setdefault(program, set()).add(int(node))
 
     def _lost(self) -> None:
-        """The viewer went away: stop for good, silently. The program is not to notice."""
+        """The viewer went away: stop for good. Silently, unless it failed to start: then its last words are a warning."""
         self._disconnect()
+        if self._process is not None and not self._dead and time.monotonic() < self._deadline:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                if self._process.wait(0.3) == 1:
+                    self._dead = True
+                    warnings.warn(
+                        f"tracejit viewer: the viewer could not start: {self._log_tail()}", RuntimeWarning, stacklevel=5
+                    )
         self._dead = True
         self._queue.clear()
         self._wanted.clear()

@@ -118,7 +118,7 @@ def parse_graph(doc: Any, ops: Mapping[str, Mapping[str, str]] | None = None) ->
     """
     if isinstance(doc, Mapping) and "graph" in doc and "nodes" not in doc:
         return parse_graph(doc["graph"], ops or doc.get("ops") or {})
-    if not isinstance(doc, Mapping) or not isinstance(doc.get("nodes"), Sequence):
+    if not isinstance(doc, Mapping) or not isinstance(doc.get("nodes"), (list, tuple)):
         raise GraphFormatError('not a graph document: expected an object with a "nodes" list')
     if doc.get("format", "tracejit-graph") != "tracejit-graph":
         raise GraphFormatError(f"not a tracejit graph: format is {doc.get('format')!r}")

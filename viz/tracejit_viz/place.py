@@ -54,7 +54,7 @@ def listen(directory: Path) -> socket.socket | None:
                 server.bind(str(path))
                 break
             except OSError:
-                if connect(directory) is not None:
+                if _answers(directory):
                     server.close()
                     return None
                 with contextlib.suppress(FileNotFoundError):
@@ -64,7 +64,7 @@ def listen(directory: Path) -> socket.socket | None:
             raise ViewerError(f"cannot listen on {path}")
         os.chmod(path, 0o600)
     else:
-        if connect(directory) is not None:
+        if _answers(directory):
             return None
         server = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
         server.bind(("127.0.0.1", 0))
@@ -75,6 +75,13 @@ def listen(directory: Path) -> socket.socket | None:
     server.listen(16)
     server.setblocking(False)
     return server
+
+
+def _answers(directory: Path) -> bool:
+    s = connect(directory)
+    if s is not None:
+        s.close()
+    return s is not None
 
 
 def token(directory: Path) -> str:

@@ -81,8 +81,9 @@ class GraphView:
         off = max(abs(x - layer.size[0] / 2), abs(y - layer.size[1] / 2) * self.rect.w / max(1, self.rect.h))
         leaving = not wrong and off > margin_x * 0.55
         if self.back is not None:
-            good = self.back.zoom == camera.zoom and self.back.version == self.scene.version and self.back.mode == self.mode
-            if not good and (now - self._zoom_seen[1] > SETTLE):
+            turned = self.back.zoom != camera.zoom or self.back.mode != self.mode
+            # a picture of an older layout cannot be finished: its scene is gone
+            if self.back.version != self.scene.version or (turned and now - self._zoom_seen[1] > SETTLE):
                 self.back = None
         settled = now - self._zoom_seen[1] > SETTLE and not camera.flying
         if self.back is None and (outdated or leaving or (wrong and settled)):
