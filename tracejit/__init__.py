@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from tracejit.backend import device as device
     from tracejit.backend import devices as devices
     from tracejit.backend import register_backend as register_backend
+    from tracejit.batching import vmap as vmap
+    from tracejit.checkpointing import checkpoint as checkpoint
     from tracejit.config import debug_nans as debug_nans
     from tracejit.config import disable_jit as disable_jit
     from tracejit.control import cond as cond
@@ -67,6 +69,8 @@ _HOMES: dict[str, tuple[str, ...]] = {
     "array": ("Array",),
     "autograd": ("grad", "jvp", "value_and_grad"),
     "backend": ("DeviceInfo", "device", "devices", "register_backend"),
+    "batching": ("vmap",),
+    "checkpointing": ("checkpoint",),
     "config": ("debug_nans", "disable_jit"),
     "control": ("cond", "print", "scan", "while_loop"),
     "custom": ("custom_vjp", "stop_gradient"),

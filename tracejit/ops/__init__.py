@@ -1,6 +1,7 @@
 """The primitive operations, one file per family; importing this package fills the op table."""
 
 from tracejit.ops import (
+    barrier as barrier,
     contraction as contraction,
     control as control,
     creation as creation,

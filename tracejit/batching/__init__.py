@@ -1,0 +1,7 @@
+"""``tj.vmap``: a function of one example becomes a function of many. See ``api.py``; rules per op family beside it."""
+
+from tracejit.batching import arrays as arrays, flow as flow, gather as gather, products as products
+from tracejit.batching.api import vmap
+from tracejit.batching.core import RULES, rule_for
+
+__all__ = ["RULES", "rule_for", "vmap"]
