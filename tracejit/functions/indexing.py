@@ -46,11 +46,10 @@ class _Plan:
 
 
 def getitem(x: Any, index: Any) -> Any:
-    """``x[index]`` with NumPy's rules: integers, slices, None, Ellipsis, integer arrays, and concrete boolean
-    masks.
+    """``x[index]`` by NumPy's rules: integers, slices, None, Ellipsis, integer arrays, concrete boolean masks.
 
-    Integers and integer arrays may be traced. A traced boolean mask has no static result shape:
-    IndexingError.
+    Integers and integer arrays may be traced. A traced boolean mask has no static result shape: IndexingError. A
+    concrete mask decides the shape, so its value at trace time becomes part of the graph.
     """
     x = pr.tensor(x, "getitem")
     plan = _parse(x, index if isinstance(index, tuple) else (index,))

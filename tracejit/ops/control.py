@@ -69,10 +69,12 @@ def interpret(graph: Graph, values: Sequence[Any]) -> list[Any]:
 
 
 def input_node(builder: GraphBuilder, index: int, like: Aval, name: str, kind: str = "argument") -> Node:
-    """A new input number ``index`` of a graph under construction."""
+    """A new input number ``index`` of a graph under construction; it belongs to no line of the user's code."""
+    from tracejit.graph import Provenance
+
     shape, dtype = like
     attrs = {"index": index, "kind": kind, "shape": tuple(shape), "dtype": dtype}
-    return builder.add("input", (), attrs, name=name)
+    return builder.add("input", (), attrs, like=Provenance("", "", None, name))
 
 
 def _avals(nodes: Sequence[HasAval]) -> list[Aval]:
