@@ -253,6 +253,21 @@ class Loaded:
             raise RuntimeError(f"symbol {name} is missing from object code")
         return address
 
+    def pointers(self, name: str, count: int) -> list[int]:
+        """The first ``count`` entries of an exported table of addresses."""
+        if not count:
+            return []
+        address = self._engine.get_global_value_address(name)
+        if not address:
+            raise RuntimeError(f"table {name} is missing from object code")
+        return _read_pointers(address, count)
+
+
+def _read_pointers(address: int, count: int) -> list[int]:
+    import ctypes
+
+    return list((ctypes.c_uint64 * count).from_address(address))
+
 
 def load_support(name: str, make: Callable[[], str], symbols: Mapping[str, int] | None = None) -> Loaded:
     """Load a support module (thread pool, entry, micro-kernel) from the disk cache, or compile the IR ``make`` gives."""

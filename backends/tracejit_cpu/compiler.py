@@ -32,7 +32,7 @@ from tracejit_cpu.body import localize
 from tracejit_cpu.host import host
 from tracejit_cpu.irbuilder import Module
 from tracejit_cpu.loops import Compiled, Stage, compile_body
-from tracejit_cpu.plan import Layout, Planner, emit_driver, overlaps
+from tracejit_cpu.plan import Layout, Planner, describe_units, overlaps
 
 SERIAL_NS = 60_000.0  # below this much estimated work a program runs on one thread
 
@@ -238,7 +238,7 @@ def _part(program: Program, kernels: list[int]) -> tuple[list[int], Module, Layo
         for compiled, buffers in compiler.kernel(k):
             planner.add(compiled, buffers)
     layout = planner.finish()
-    emit_driver(module, planner, layout, len(kernels))
+    layout.units = describe_units(planner, module.tasks)
     return kernels, module, layout, planner
 
 
@@ -317,7 +317,7 @@ def _meta(compiled: CompiledProgram) -> dict[str, Any]:
         if isinstance(s, HostStep):
             steps.append(s.kernel)
         else:
-            layout = [s.layout.buffers, s.layout.temps, s.layout.extra, s.layout.scratch]
+            layout = [s.layout.buffers, s.layout.temps, s.layout.extra, s.layout.scratch, s.layout.units]
             steps.append([s.kernels, layout, s.parallel, len(s.code), s.cost, s.support])
     return {"steps": steps}
 
@@ -330,8 +330,8 @@ def _from_cache(meta: dict[str, Any], code: bytes) -> CompiledProgram | None:
             if isinstance(s, int):
                 steps.append(HostStep(s))
                 continue
-            kernels, (buffers, temps, extra, scratch), parallel, size, cost, support = s
-            layout = Layout(buffers, [(a, b) for a, b in temps], extra, scratch)
+            kernels, (buffers, temps, extra, scratch, units), parallel, size, cost, support = s
+            layout = Layout(buffers, [(a, b) for a, b in temps], extra, scratch, [tuple(u) for u in units])
             steps.append(Segment(kernels, layout, parallel, code[at : at + size], cost, support))
             at += size
     except (KeyError, TypeError, ValueError):

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import functools
 import threading
 import time
 from collections.abc import Mapping, Sequence
@@ -15,10 +16,23 @@ import numpy as np
 from tracejit.backend import Timing
 from tracejit.events import KernelInfo
 from tracejit.program import AttentionKernel, Buffer, ContractKernel, LoopKernel, OpKernel, Program
-from tracejit_cpu import codecache, entry, hostops, micro, runtime
+from tracejit_cpu import codecache, entry, hostops, micro, plan, runtime
+from tracejit_cpu.host import host
 from tracejit_cpu.compiler import CompiledProgram, HostStep, Segment, build, compile_program
 
 _KINDS = ((LoopKernel, "loop"), (ContractKernel, "contract"), (AttentionKernel, "attention"), (OpKernel, "op"))
+
+
+@functools.cache
+def _driver() -> codecache.Loaded:
+    return codecache.load_support(
+        "driver", lambda: plan.driver_ir(host()), {"tj_barrier": runtime.pool().barrier_address}
+    )
+
+
+def driver_address() -> int:
+    """Address of ``tj_run``."""
+    return _driver().address("tj_run")
 
 
 def aligned_bytes(size: int) -> np.ndarray:
@@ -38,6 +52,7 @@ class Memory:
         self.loose: dict[int, np.ndarray] = {}
         self.tables: list[np.ndarray] = []
         self.parts: list[np.ndarray] = []
+        self.units: list[UnitTables] = []
         pointers = np.zeros(len(program.buffers), np.int64)
         for b in program.buffers:
             if b.kind == "const":
@@ -47,18 +62,59 @@ class Memory:
             elif b.kind == "temp":
                 self.loose[b.id] = aligned_bytes(max(b.nbytes, 1))
                 pointers[b.id] = self.loose[b.id].ctypes.data
-        for segment in owner.segments:
+        for segment, functions in zip(owner.segments, owner.task_functions):
             layout = segment.layout
             table = np.zeros(layout.slots, np.int64)
             extra = aligned_bytes(max(layout.extra, 1))
             count = threads if segment.parallel else 1
             scratch = aligned_bytes(max(layout.scratch * count, 1))
-            table[: len(pointers)] = pointers
+            table[plan.HEADER : plan.HEADER + len(pointers)] = pointers
             for t, (_, offset) in enumerate(layout.temps):
-                table[layout.buffers + t] = extra.ctypes.data + offset
-            table[layout.scratch_slot] = scratch.ctypes.data
+                table[plan.HEADER + layout.buffers + t] = extra.ctypes.data + offset
+            units = UnitTables(layout, functions)
+            table[0], table[1] = units.everything(segment.parallel)
+            table[2], table[3] = scratch.ctypes.data, layout.scratch
             self.tables.append(table)
+            self.units.append(units)
             self.parts += [extra, scratch]
+
+
+class UnitTables:
+    """The unit lists that ``tj_run`` walks: the whole part, or one kernel of it for observed runs."""
+
+    def __init__(self, layout: plan.Layout, functions: Sequence[int]) -> None:
+        self._layout, self._functions = layout, functions
+        flat = [s for u in layout.units for s in u[1]]
+        self._slots = np.array(flat or [0], np.int64)
+        self._start = np.cumsum([0, *(len(u[1]) for u in layout.units)])
+        self._kept: list[np.ndarray] = []
+
+    def _rows(self, chosen: Sequence[int], step: Sequence[int]) -> tuple[int, int]:
+        """(address, length) of a list of units; ``step`` is the phase or level that decides where barriers are."""
+        rows = np.zeros((max(1, len(chosen)), plan.UNIT_WORDS), np.int64)
+        before, single = 0, 0
+        for at, (i, now) in enumerate(zip(chosen, step)):
+            number, _, tasks, *_ = self._layout.units[i]
+            if now != before:
+                single = 0
+            first = single if tasks == 1 else 0  # lone tasks of a phase go to different threads
+            single += tasks == 1
+            rows[at] = (self._functions[number], self._slots.ctypes.data + 8 * self._start[i], tasks, now != before, first)
+            before = now
+        self._kept.append(rows)
+        return rows.ctypes.data, len(chosen)
+
+    def everything(self, parallel: bool) -> tuple[int, int]:
+        """All units: phase by phase for several threads, kernel by kernel for one."""
+        units = self._layout.units
+        order = sorted(range(len(units)), key=lambda i: units[i][3]) if parallel else range(len(units))
+        return self._rows(list(order), [units[i][3] if parallel else 0 for i in order])
+
+    def kernel(self, index: int) -> tuple[int, int]:
+        """The units of one kernel."""
+        units = self._layout.units
+        order = sorted((i for i, u in enumerate(units) if u[4] == index), key=lambda i: units[i][5])
+        return self._rows(order, [units[i][5] for i in order])
 
 
 class CpuExecutable:
@@ -71,14 +127,15 @@ class CpuExecutable:
         self.steps = compiled.steps
         self.segments = [s for s in self.steps if isinstance(s, Segment)]
         pool = runtime.pool()
-        symbols = {"tj_barrier": pool.barrier_address}
+        symbols: dict[str, int] = {}
         for segment in self.segments:
             symbols.update({name: micro.support(name, spec) for name, spec in segment.support.items()})
         self._loaded = [codecache.Loaded(s.code, symbols) for s in self.segments]
-        self._functions = [
-            loaded.address("par" if s.parallel and pool.threads > 1 else "seq")
+        self.task_functions = [
+            loaded.pointers("tj_tasks", 1 + max((u[0] for u in s.layout.units), default=-1))
             for s, loaded in zip(self.segments, self._loaded)
         ]
+        self._driver = driver_address()
         self._threads = [pool.threads if s.parallel else 1 for s in self.segments]
         self._memory: Memory | None = None
         self._lock = threading.Lock()
@@ -141,11 +198,11 @@ class CpuExecutable:
                 memory = Memory(self)
                 if len(self.steps) == 1 and self.segments and entry.available():
                     self._entry = entry.Entry(
-                        self._functions[0],
+                        self._driver,
                         memory.tables[0],
                         self._threads[0],
-                        [(b.dtype, b.shape, b.id) for b in self._inputs],
-                        [(b.dtype, b.shape, b.id) for b in self._targets],
+                        [(b.dtype, b.shape, plan.HEADER + b.id) for b in self._inputs],
+                        [(b.dtype, b.shape, plan.HEADER + b.id) for b in self._targets],
                         self._slow,
                     )
                 self._memory = memory
@@ -196,9 +253,9 @@ class CpuExecutable:
     def _set_pointers(self, memory: Memory, arrays: Sequence[np.ndarray], results: Sequence[np.ndarray]) -> None:
         for table in memory.tables:
             for b, a in zip(self._inputs, arrays):
-                table[b.id] = a.ctypes.data
+                table[plan.HEADER + b.id] = a.ctypes.data
             for b, r in zip(self._targets, results):
-                table[b.id] = r.ctypes.data
+                table[plan.HEADER + b.id] = r.ctypes.data
 
     def _execute(self, memory: Memory, arrays: Sequence[np.ndarray], results: Sequence[np.ndarray]) -> None:
         self._set_pointers(memory, arrays, results)
@@ -207,7 +264,7 @@ class CpuExecutable:
             if isinstance(step, HostStep):
                 self._host.run(step.kernel, self._views(memory, arrays, results))
             else:
-                runtime.pool().run(self._functions[part], memory.tables[part].ctypes.data, self._threads[part])
+                runtime.pool().run(self._driver, memory.tables[part].ctypes.data, self._threads[part])
                 part += 1
 
     def _views(self, memory: Memory, arrays: Sequence[np.ndarray], results: Sequence[np.ndarray]) -> hostops.Views:
@@ -245,11 +302,12 @@ class CpuExecutable:
                 order.append(step.kernel)
                 at += 1
                 continue
-            table, function = memory.tables[part], self._loaded[part].address("one")
+            table = memory.tables[part]
+            lists = [memory.units[part].kernel(local) for local in range(len(step.kernels))]
             for local, kernel in enumerate(step.kernels):
-                table[step.layout.select_slot] = local
+                table[0], table[1] = lists[local]
                 start[at] = time.perf_counter_ns()
-                pool.run(function, table.ctypes.data, self._threads[part])
+                pool.run(self._driver, table.ctypes.data, self._threads[part])
                 end[at] = time.perf_counter_ns()
                 order.append(kernel)
                 at += 1

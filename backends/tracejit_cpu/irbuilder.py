@@ -15,6 +15,7 @@ import numpy as np
 from tracejit_cpu.host import Host
 
 I64 = "i64"
+TASK_ARGS = "i64 %lo, i64 %hi, ptr %scr"  # how the parameters of every task function end
 
 _IR_TYPES = {
     "bool": "i1",
@@ -90,6 +91,7 @@ class Module:
         self.functions: dict[str, str] = {}
         self._tables: dict[bytes, str] = {}
         self.support: dict[str, tuple[object, ...]] = {}
+        self.tasks: list[str] = []  # task functions, in the order of the exported table
 
     def declare(self, text: str) -> None:
         """Add a ``declare`` line once."""
@@ -116,6 +118,13 @@ class Module:
         extra = f' {width} "min-legal-vector-width"="{self.host.vector_bytes * 8}"' if self.host.arch == "x86_64" else ""
         return f'attributes #0 = {{ nounwind "target-features"="{self.host.features}"{extra} }}'
 
+    def _task_table(self) -> list[str]:
+        """Addresses of the task functions under one exported name."""
+        if not self.tasks:
+            return []
+        items = ", ".join(f"ptr @{name}" for name in self.tasks)
+        return [f"@tj_tasks = constant [{len(self.tasks)} x ptr] [{items}]"]
+
     def text(self) -> str:
         """The whole module as LLVM IR."""
         return "\n".join(
@@ -124,6 +133,7 @@ class Module:
                 *self.globals,
                 *sorted(self.declarations),
                 *self.functions.values(),
+                *self._task_table(),
                 self.attributes(),
                 "",
             ]
@@ -142,6 +152,17 @@ class Fn:
         self.body: list[str] = []
         self.allocas: list[str] = []
         self.count = 0
+        if args.endswith(TASK_ARGS):
+            self._load_pointers(args[: -len(TASK_ARGS)])
+
+    def _load_pointers(self, names: str) -> None:
+        """A task function gets its pointers through the program's table: pointer i is ``table[slots[i]]``."""
+        self.args = "ptr %tab, ptr %slots, " + TASK_ARGS
+        self.module.tasks.append(self.name)
+        for i, name in enumerate(n.split()[1] for n in names.rstrip(", ").split(",") if n.strip()):
+            at = self.op(f"load i64, ptr {self.gep('%slots', i, 'i64')}")
+            pointer = self.gep("%tab", at, "ptr")
+            self.emit(f"{name} = load ptr, ptr {pointer}")
 
     # -- text ---------------------------------------------------------------------------------------------------
     def emit(self, line: str) -> None:

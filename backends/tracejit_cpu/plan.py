@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from tracejit.program import Kernel, Program
-from tracejit_cpu.irbuilder import Fn, Module
+from tracejit_cpu.host import Host
 from tracejit_cpu.loops import Compiled
 
 ALIGN = 64
@@ -29,32 +29,28 @@ class Unit:
     phase: int = 0
 
 
+HEADER = 4  # slots before the buffers: units, their number, scratch base, scratch bytes per thread
+UNIT_WORDS = 5  # function, slots, tasks, barrier before, first thread
+
+
 @dataclass
 class Layout:
-    """Pointer table: one slot per buffer, then one per temporary, then scratch and the kernel selector.
+    """Pointer table of a native part: header, one slot per buffer, one per temporary.
 
     ``temps`` are (size, offset) of the temporaries in the extra arena of ``extra`` bytes; ``scratch`` is per thread.
+    ``units`` are [task function number, slots, tasks, phase, kernel, level within the kernel] in kernel order.
     """
 
     buffers: int
     temps: list[tuple[int, int]] = field(default_factory=list)
     extra: int = 0
     scratch: int = 0
-
-    @property
-    def scratch_slot(self) -> int:
-        """Slot of the scratch base pointer."""
-        return self.buffers + len(self.temps)
-
-    @property
-    def select_slot(self) -> int:
-        """Slot of the kernel number for observed runs."""
-        return self.scratch_slot + 1
+    units: list[tuple[int, list[int], int, int, int, int]] = field(default_factory=list)
 
     @property
     def slots(self) -> int:
         """Length of the table."""
-        return self.scratch_slot + 2
+        return HEADER + self.buffers + len(self.temps)
 
 
 def byte_range(program: Program, buffer: int) -> tuple[str, int, int]:
@@ -157,70 +153,79 @@ class Planner:
         return layout
 
 
-def emit_driver(module: Module, planner: Planner, layout: Layout, kernels: int) -> None:
-    """Emit the entry points: ``seq`` (one thread), ``par`` (all threads), ``one`` (a single kernel, for observation)."""
-    units = planner.units
-    module.declare("declare void @tj_barrier(ptr, i64)")
-    args = "ptr %tab, i64 %tid, i64 %nt, ptr %st"
+def describe_units(planner: Planner, tasks: Sequence[str]) -> list[tuple[int, list[int], int, int, int, int]]:
+    """The rows of ``Layout.units``; ``tasks`` are the names behind the function numbers."""
+    number = {name: i for i, name in enumerate(tasks)}
+    level: list[int] = []
+    rows = []
+    for unit in planner.units:
+        same = [level[d] for d in unit.deps if planner.units[d].kernel == unit.kernel]
+        level.append(1 + max(same, default=-1))
+        slots = [HEADER + s for s in unit.slots]
+        rows.append((number[unit.function], slots, unit.tasks, unit.phase, unit.kernel, level[-1]))
+    return rows
 
-    def call(fn: Fn, unit: Unit, low: str, high: str, scratch: str) -> None:
-        pointers = [fn.op(f"load ptr, ptr {fn.gep('%tab', s, 'ptr')}") for s in unit.slots]
-        params = ", ".join([*(f"ptr {p}" for p in pointers), f"i64 {low}", f"i64 {high}", f"ptr {scratch}"])
-        fn.emit(f"call void @{unit.function}({params})")
 
-    def begin(name: str, extra: str = "") -> tuple[Fn, str]:
-        fn = Fn(module, name, args + extra, linkage="")
-        base = fn.op(f"load ptr, ptr {fn.gep('%tab', layout.scratch_slot, 'ptr')}")
-        scratch = fn.gep(base, fn.op(f"mul i64 %tid, {layout.scratch}"), "i8")
-        return fn, scratch
+def driver_ir(target: Host) -> str:
+    """LLVM IR of ``tj_run``, which walks a program's list of units; it is the same for every program."""
+    return f"""target triple = "{target.triple}"
+declare void @tj_barrier(ptr, i64)
 
-    fn, scratch = begin("seq")
-    for unit in units:
-        call(fn, unit, "0", str(unit.tasks), scratch)
-    fn.finish()
-
-    def share(fn: Fn, unit: Unit, rotation: int, scratch: str) -> None:
-        if unit.tasks == 1:
-            owner = fn.op(f"urem i64 {rotation}, %nt") if rotation else "0"
-            with fn.when(fn.op(f"icmp eq i64 %tid, {owner}")):
-                call(fn, unit, "0", "1", scratch)
-            return
-        part = fn.op(f"mul i64 %tid, {unit.tasks}")
-        low = fn.op(f"udiv i64 {part}, %nt")
-        high = fn.op(f"udiv i64 {fn.op(f'add i64 {part}, {unit.tasks}')}, %nt")
-        with fn.when(fn.op(f"icmp ult i64 {low}, {high}")):
-            call(fn, unit, low, high, scratch)
-
-    fn, scratch = begin("par")
-    last = max((u.phase for u in units), default=0)
-    for phase in range(last + 1):
-        if phase:
-            fn.emit("call void @tj_barrier(ptr %st, i64 %nt)")
-        rotation = 0
-        for unit in (u for u in units if u.phase == phase):
-            share(fn, unit, rotation, scratch)
-            rotation += unit.tasks == 1
-    fn.finish()
-
-    fn, scratch = begin("one")
-    which = fn.op(f"load i64, ptr {fn.gep('%tab', layout.select_slot, 'ptr')}")
-    labels = [fn.new_label("k") for _ in range(kernels)]
-    done = fn.new_label("done")
-    cases = " ".join(f"i64 {i}, label %{label}" for i, label in enumerate(labels))
-    fn.emit(f"switch i64 {which}, label %{done} [ {cases} ]")
-    for index, label in enumerate(labels):
-        fn.label(label)
-        mine = [u for u in units if u.kernel == index]
-        level: dict[int, int] = {}
-        for u in mine:
-            number = units.index(u)
-            level[number] = 1 + max((level[d] for d in u.deps if d in level), default=-1)
-        for step in range(max(level.values(), default=-1) + 1):
-            if step:
-                fn.emit("call void @tj_barrier(ptr %st, i64 %nt)")
-            for number, at in level.items():
-                if at == step:
-                    share(fn, units[number], 0, scratch)
-        fn.emit(f"br label %{done}")
-    fn.label(done)
-    fn.finish()
+define void @tj_run(ptr %tab, i64 %tid, i64 %nt, ptr %st) {{
+entry:
+  %units = load ptr, ptr %tab
+  %count.p = getelementptr i64, ptr %tab, i64 1
+  %count = load i64, ptr %count.p
+  %base.p = getelementptr i64, ptr %tab, i64 2
+  %base = load ptr, ptr %base.p
+  %each.p = getelementptr i64, ptr %tab, i64 3
+  %each = load i64, ptr %each.p
+  %offset = mul i64 %each, %tid
+  %scr = getelementptr i8, ptr %base, i64 %offset
+  %alone = icmp eq i64 %nt, 1
+  br label %head
+head:
+  %i = phi i64 [ 0, %entry ], [ %i1, %next ]
+  %more = icmp ult i64 %i, %count
+  br i1 %more, label %body, label %done
+body:
+  %at = mul i64 %i, {UNIT_WORDS}
+  %unit = getelementptr i64, ptr %units, i64 %at
+  %fn = load ptr, ptr %unit
+  %slots.p = getelementptr i64, ptr %unit, i64 1
+  %slots = load ptr, ptr %slots.p
+  %tasks.p = getelementptr i64, ptr %unit, i64 2
+  %tasks = load i64, ptr %tasks.p
+  br i1 %alone, label %whole, label %shared
+whole:
+  call void %fn(ptr %tab, ptr %slots, i64 0, i64 %tasks, ptr %scr)
+  br label %next
+shared:
+  %wait.p = getelementptr i64, ptr %unit, i64 3
+  %wait = load i64, ptr %wait.p
+  %must = icmp ne i64 %wait, 0
+  br i1 %must, label %barrier, label %split
+barrier:
+  call void @tj_barrier(ptr %st, i64 %nt)
+  br label %split
+split:
+  %first.p = getelementptr i64, ptr %unit, i64 4
+  %first = load i64, ptr %first.p
+  %turned = add i64 %tid, %first
+  %me = urem i64 %turned, %nt
+  %part = mul i64 %me, %tasks
+  %lo = udiv i64 %part, %nt
+  %part1 = add i64 %part, %tasks
+  %hi = udiv i64 %part1, %nt
+  %some = icmp ult i64 %lo, %hi
+  br i1 %some, label %run, label %next
+run:
+  call void %fn(ptr %tab, ptr %slots, i64 %lo, i64 %hi, ptr %scr)
+  br label %next
+next:
+  %i1 = add i64 %i, 1
+  br label %head
+done:
+  ret void
+}}
+"""
