@@ -26,6 +26,8 @@ from tracejit_wgpu.storage import WgpuStorage
 from tracejit_wgpu.transfer import pack_scalar, to_storage
 
 _RECORDINGS = 16
+_SELECTING = frozenset({"take", "take_along_axis", "scatter_add", "scatter_add_along_axis"})
+_ACCUMULATING = frozenset({"sum", "prod", "cumsum", "cumprod", "dot_general", "pow", "mul", "left_shift"})
 
 
 def _kind(kernel: Kernel) -> str:
@@ -45,12 +47,44 @@ class Executable:
         self._buffers = {b.id: b for b in program.buffers}
         self._scalars = self._scalar_slots()
         self._inputs = [self._buffers[b] for b in program.inputs]
+        nodes = getattr(program.graph, "outputs", ())
+        shapes = [n.shape for n in nodes] if nodes else [self._buffers[b].shape for b in program.outputs]
+        self._outputs = list(zip(program.outputs, shapes))
+        self._quiet = self._indices_only()
         self._runtime: runtime.Runtime | None = None
         self._plan: Plan | None = None
         self._prepare(runtime.get(spec))
         self.kernels: Sequence[KernelInfo] = tuple(self._info(i, k) for i, k in enumerate(program.kernels))
 
     # ------------------------------------------------------------ building
+    def _indices_only(self) -> frozenset[int]:
+        """Positions of 64-bit integer inputs that only select or are compared: 32 bits lose nothing, so no warning."""
+        graph = self.program.graph
+        if not hasattr(graph, "users"):
+            return frozenset()
+        users, outputs = graph.users(), set(graph.outputs)
+        quiet: set[int] = set()
+        for position, node in enumerate(graph.inputs):
+            if node.dtype.kind not in "iu" or node.dtype.itemsize < 8:
+                continue
+            stack, seen, only = [node], {node}, True
+            while stack and only:
+                value = stack.pop()
+                only = value not in outputs
+                for user in users[value]:
+                    op = user.op.name
+                    selects = op in _SELECTING and (user.inputs[0] is not value)
+                    if selects or user.dtype.kind == "b":
+                        continue
+                    if user.dtype.kind not in "iu" or user.avals or op in _ACCUMULATING:
+                        only = False
+                    elif user not in seen:
+                        seen.add(user)
+                        stack.append(user)
+            if only:
+                quiet.add(position)
+        return frozenset(quiet)
+
     def _scalar_slots(self) -> dict[int, int]:
         """Inputs that are weakly typed scalars travel in one uniform block."""
         slots: dict[int, int] = {}
@@ -173,7 +207,7 @@ class Executable:
         held: dict[int, Handle] = {}
         packed: list[bytes] = [b"\0\0\0\0"] * len(self._scalars)
         values: dict[int, Any] = {}
-        for buffer, value in zip(self._inputs, inputs):
+        for position, (buffer, value) in enumerate(zip(self._inputs, inputs)):
             slot = self._scalars.get(buffer.id)
             if slot is not None:
                 packed[slot] = pack_scalar(value, buffer.dtype)
@@ -183,7 +217,7 @@ class Executable:
                 held[buffer.id] = storage.handle
                 values[buffer.id] = value
             else:
-                held[buffer.id] = self._upload(rt, value, buffer.dtype)
+                held[buffer.id] = self._upload(rt, value, buffer.dtype, position not in self._quiet)
         if self._uniform is not None:
             data = b"".join(packed)
             data += b"\0" * (-len(data) % 16)
@@ -195,22 +229,21 @@ class Executable:
         if not self._slots and self._plan is not None and self._plan.slot_sizes:
             self._slots = [rt.pool.acquire(n) for n in self._plan.slot_sizes]
         outputs = []
-        for number in self.program.outputs:
-            if number in values:
-                outputs.append(values[number])
-                continue
-            buffer = self._buffers[number]
-            handle = held[number] if number in held else self._handle(number, held)
-            array = Array(buffer.shape, buffer.dtype, WgpuStorage(rt, handle, buffer.size, buffer.dtype))
-            values[number] = array
-            outputs.append(array)
+        for number, shape in self._outputs:
+            known = values.get(number)
+            if known is None or known.shape != shape:  # views of one buffer share it
+                buffer = self._buffers[number]
+                storage = WgpuStorage(rt, self._handle(number, held), buffer.size, buffer.dtype)
+                known = Array(shape, buffer.dtype, storage)
+            values[number] = known
+            outputs.append(known)
         return held, outputs
 
-    def _upload(self, rt: runtime.Runtime, value: Any, dtype: np.dtype) -> Handle:
+    def _upload(self, rt: runtime.Runtime, value: Any, dtype: np.dtype, warn: bool) -> Handle:
         if isinstance(value, Array):
             value = np.asarray(value)  # lives on another device
         weak = isinstance(value, bool | int | float)
-        return rt.upload(to_storage(value, dtype, rt.target.f16, warn=not weak))
+        return rt.upload(to_storage(value, dtype, rt.target.f16, warn=warn and not weak))
 
     def _handle(self, buffer: int, held: Mapping[int, Handle]) -> Handle:
         found = held.get(buffer)
