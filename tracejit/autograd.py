@@ -16,7 +16,7 @@ import numpy as np
 
 from tracejit import source, trees
 from tracejit.custom import pull_back_custom
-from tracejit.errors import GradientError, ShapeError, describe
+from tracejit.errors import GradientError, ShapeError, describe, hide_internal_frames
 from tracejit.graph import Graph, Node
 from tracejit.ops import registry
 from tracejit.ops.registry import NONDIFFERENTIABLE

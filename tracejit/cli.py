@@ -6,6 +6,7 @@ Sub-commands that belong to a plugin (the viewer's, a backend's cache) are dispa
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import inspect
 import json
 import os
@@ -116,7 +117,15 @@ def _graph(options: argparse.Namespace) -> int:
     from tracejit.jit import TracedFunction, trace
 
     function = _load(options.function)
+    if not callable(function):
+        raise TraceError.make(f"{options.function} is not a function but a {type(function).__name__}")
     arguments = [_argument(text) for text in options.arguments]
+    try:
+        inspect.signature(function).bind(*arguments)
+    except TypeError as error:
+        raise TraceError.make(f"{options.function}: {error}") from None
+    except ValueError:  # a builtin without a signature
+        pass
     if options.grad:
         function = trace(value_and_grad(function))
     elif not isinstance(function, TracedFunction):
@@ -139,8 +148,6 @@ def _load(target: str) -> Any:
         )
     try:
         if module_name.endswith(".py"):
-            import importlib.util
-
             spec = importlib.util.spec_from_file_location("__tracejit_target__", module_name)
             if spec is None or spec.loader is None or not os.path.exists(module_name):
                 raise ImportError(f"no file {module_name}")
@@ -151,7 +158,7 @@ def _load(target: str) -> Any:
             module = importlib.import_module(module_name)
         found: Any = module
         for part in attribute.split("."):
-            found = inspect.getattr_static(found, part) if isinstance(found, type) else getattr(found, part)
+            found = getattr(found, part)
     except (ImportError, AttributeError) as error:
         raise TraceError.make(f"cannot load {target!r}: {error}") from error
     return found
@@ -167,6 +174,8 @@ def _argument(text: str) -> Any:
     if bracket and rest.endswith("]") and name in SUPPORTED:
         try:
             shape = tuple(int(s) for s in rest[:-1].split(",") if s.strip())
+            if any(s < 0 for s in shape):
+                raise ValueError("negative size")
         except ValueError:
             raise TraceError.make(f"{text!r} is not of the form dtype[2,3]") from None
         return np.zeros(shape, SUPPORTED[name])

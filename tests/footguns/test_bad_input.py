@@ -147,7 +147,7 @@ def test_empty_trees(device: str) -> None:
 
 def test_a_call_without_any_array(device: str) -> None:
     assert tj.trace(lambda: None)(device=device) is None
-    assert tj.trace(dict)(device=device) == {}
+    assert tj.trace(lambda: {"a": ()})(device=device) == {"a": ()}
     assert tj.trace(lambda: "text")(device=device) == "text"
     same(tj.trace(lambda: np.zeros(3))(device=device), np.zeros(3))
 
@@ -337,7 +337,7 @@ def test_many_dimensions(device: str) -> None:
 def test_a_result_of_terabytes_is_a_clear_error_and_the_process_survives(device: str) -> None:
     f = tj.trace(lambda x: x[:, None] * x[None, :])
     x = np.ones(1 << 20, np.float32)  # 4 TiB
-    with pytest.raises((tj.TraceError, MemoryError), match=r"(?i)memory|large|bytes"):
+    with pytest.raises((tj.TraceError, MemoryError), match=r"(?i)memory|large|bytes|allocate"):
         f(x, device=device)
     same(tj.trace(double)(X, device=device), X * 2)
 
