@@ -20,7 +20,7 @@ from tracejit.errors import GradientError, ShapeError, describe, hide_internal_f
 from tracejit.graph import Graph, Node
 from tracejit.ops import registry
 from tracejit.ops.registry import NONDIFFERENTIABLE
-from tracejit.state import changed
+from tracejit.state import changed, state
 from tracejit.tensor import (
     Tensor,
     TraceContext,
@@ -203,12 +203,16 @@ class _Gradient:
         functools.update_wrapper(self, fn, updated=())
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if current_context() is None:
-            with changed(
-                disable_jit=False
-            ):  # a derivative is made by tracing, also where nothing is compiled
-                return self._outside()(*args, **kwargs)
-        return self._inside(args, kwargs)
+        if current_context() is not None:
+            return self._inside(args, kwargs)
+        try:
+            if state.disable_jit:  # a derivative is made by tracing, also where nothing is compiled
+                with changed(disable_jit=False):
+                    return self._outside()(*args, **kwargs)
+            return self._outside()(*args, **kwargs)
+        except Exception as error:
+            # One line of ours in a traceback, not two.
+            raise hide_internal_frames(error)  # noqa: B904
 
     def _outside(self) -> Any:
         if self._traced is None:

@@ -126,8 +126,9 @@ def test_a_message_has_op_operands_line_scope_and_hint() -> None:
         error = tj.ShapeError.make(
             "shapes do not fit", op="matmul", got={"x": X, "w": X.T}, hint="transpose one"
         )
-    pattern = rf"\[matmul\] shapes do not fit; got x: f32\[2,3\], w: f32\[3,2\]; at \S*{HERE}:\d+ in block0/attn; transpose one"
+    pattern = r"\[matmul\] shapes do not fit; got x: f32\[2,3\], w: f32\[3,2\]; at \S*:\d+ in block0/attn; transpose one"
     assert re.fullmatch(pattern, str(error)), str(error)
+    assert HERE in str(error)
 
 
 def test_parts_that_are_not_there_leave_no_trace() -> None:
