@@ -5,6 +5,7 @@ llvmlite is imported on first use only, so that ``import tracejit`` stays cheap.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 import os
@@ -25,9 +26,10 @@ def llvm() -> Any:
         binding.initialize_native_asmprinter()
     except RuntimeError:  # newer llvmlite initialises by itself
         pass
+    with contextlib.suppress(RuntimeError, ValueError):
+        # a third of code generation time for nothing: our loops already step their own addresses
+        binding.set_option("", "-disable-lsr")
     if sys.platform.startswith("linux"):  # libm's functions are looked up in the process
-        import contextlib
-
         with contextlib.suppress(RuntimeError):
             binding.load_library_permanently("libm.so.6")
     return binding

@@ -19,6 +19,7 @@ class Pool:
 
     def __init__(self, module: Module, kernel: OpKernel, dtype_of: Callable[[int], np.dtype], name: str) -> None:
         self.op = kernel.op
+        self.operands = len(kernel.operands)
         image = kernel.results[0][1] if kernel.op == "avg_pool2d_grad" else kernel.operands[0][1]
         windows = kernel.operands[-1][1] if kernel.op.endswith("_grad") else kernel.results[0][1]
         self.planes, (self.h, self.w), (self.oh, self.ow) = image[0] * image[1], image[2:], windows[2:]
@@ -117,8 +118,7 @@ class Pool:
                         self._add(target, place, self.load(fn.gep("%a1", at, self.mem)), None)
         fn.finish()
         cost = self.planes * self.oh * self.ow * area * (4 if self.pads else 2) * 0.6
-        pointers = list(range(fn.args.count("ptr %a") + 1))
-        return Stage(fn.name, pointers, self.planes, cost)
+        return Stage(fn.name, list(range(self.operands + 1)), self.planes, cost)
 
     def _add(self, target: str, at: str, value: str, ok: str | None) -> None:
         fn = self.fn
