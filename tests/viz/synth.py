@@ -59,8 +59,25 @@ def chain_graph(n: int) -> dict[str, Any]:
     for i in range(n):
         inputs = [i - 1] if i % 7 else ([i - 1, i - 7] if i >= 7 else [])
         op = "input" if not inputs else ("add", "mul", "exp")[i % 3]
-        nodes.append({"id": i, "op": op, "inputs": inputs, "attrs": {}, "shape": [8, 8], "dtype": "float32", "scope": ""})
-    return {"format": "tracejit-graph", "version": 1, "name": "chain", "nodes": nodes, "inputs": [0], "outputs": []}
+        nodes.append(
+            {
+                "id": i,
+                "op": op,
+                "inputs": inputs,
+                "attrs": {},
+                "shape": [8, 8],
+                "dtype": "float32",
+                "scope": "",
+            }
+        )
+    return {
+        "format": "tracejit-graph",
+        "version": 1,
+        "name": "chain",
+        "nodes": nodes,
+        "inputs": [0],
+        "outputs": [],
+    }
 
 
 def random_graph(seed: int, blocks: int = 3, per_block: int = 10, train: bool = True) -> dict[str, Any]:
@@ -70,7 +87,15 @@ def random_graph(seed: int, blocks: int = 3, per_block: int = 10, train: bool = 
 
     def add(op: str, inputs: list[int], scope: str, **extra: Any) -> int:
         shape = rng.choice(([8, 16], [16], [4, 8, 16], []))
-        node = {"id": len(nodes), "op": op, "inputs": inputs, "attrs": {}, "shape": shape, "dtype": "float32", "scope": scope}
+        node = {
+            "id": len(nodes),
+            "op": op,
+            "inputs": inputs,
+            "attrs": {},
+            "shape": shape,
+            "dtype": "float32",
+            "scope": scope,
+        }
         node.update(extra)
         nodes.append(node)
         return len(nodes) - 1
@@ -92,7 +117,9 @@ def random_graph(seed: int, blocks: int = 3, per_block: int = 10, train: bool = 
                     params.append(p)
                     inputs.append(p)
                 elif kind < 0.6:
-                    inputs.append(add("const", [], scope, attrs={"value": rng.choice((0.5, -1e9, 0.1767767, 3))}))
+                    inputs.append(
+                        add("const", [], scope, attrs={"value": rng.choice((0.5, -1e9, 0.1767767, 3))})
+                    )
                 else:
                     inputs.append(rng.choice(alive))
             v = add(op, inputs, scope, source=f"model.py:{20 + k}")
@@ -105,7 +132,9 @@ def random_graph(seed: int, blocks: int = 3, per_block: int = 10, train: bool = 
         grad: dict[int, int] = {}
         last = add("mul", [loss], "loss", grad_of=loss)
         for v in reversed(forward):
-            last = grad[v] = add(rng.choice(("mul", "dot_general", "sum")), [last, v], nodes[v]["scope"], grad_of=v)
+            last = grad[v] = add(
+                rng.choice(("mul", "dot_general", "sum")), [last, v], nodes[v]["scope"], grad_of=v
+            )
         for p in params:
             user = next(n["id"] for n in nodes if p in n["inputs"])
             m = add("input", [], "", name=f"state.m.{nodes[p]['name']}", attrs={"kind": "argument"})
@@ -117,7 +146,14 @@ def random_graph(seed: int, blocks: int = 3, per_block: int = 10, train: bool = 
                 nodes[v]["shape"] = [8, 16]
             outputs.append({"name": f"new.{nodes[p]['name']}", "node": c})
     inputs = [n["id"] for n in nodes if n["op"] == "input"]
-    return {"format": "tracejit-graph", "version": 1, "name": f"random{seed}", "nodes": nodes, "inputs": inputs, "outputs": outputs}
+    return {
+        "format": "tracejit-graph",
+        "version": 1,
+        "name": f"random{seed}",
+        "nodes": nodes,
+        "inputs": inputs,
+        "outputs": outputs,
+    }
 
 
 def compile_event(
@@ -162,7 +198,9 @@ def _size(n: dict[str, Any]) -> int:
     return int(np.prod(n["shape"])) if n["shape"] else 1
 
 
-def step_event(event: CompileEvent, step: int = 0, *, seed: int = 0, begin: int = 0, nan_node: int | None = None) -> StepEvent:
+def step_event(
+    event: CompileEvent, step: int = 0, *, seed: int = 0, begin: int = 0, nan_node: int | None = None
+) -> StepEvent:
     """A plausible execution: each kernel takes time by its size, one after another."""
     rng = np.random.default_rng(seed + step)
     n = len(event.kernels)

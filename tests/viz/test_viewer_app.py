@@ -43,8 +43,16 @@ class Driver:
     def drag(self, a, b) -> None:
         self.frame(pygame.event.Event(pygame.MOUSEBUTTONDOWN, pos=a, button=1))
         half = ((a[0] + b[0]) // 2, (a[1] + b[1]) // 2)
-        self.frame(pygame.event.Event(pygame.MOUSEMOTION, pos=half, rel=(half[0] - a[0], half[1] - a[1]), buttons=(1, 0, 0)))
-        self.frame(pygame.event.Event(pygame.MOUSEMOTION, pos=b, rel=(b[0] - half[0], b[1] - half[1]), buttons=(1, 0, 0)))
+        self.frame(
+            pygame.event.Event(
+                pygame.MOUSEMOTION, pos=half, rel=(half[0] - a[0], half[1] - a[1]), buttons=(1, 0, 0)
+            )
+        )
+        self.frame(
+            pygame.event.Event(
+                pygame.MOUSEMOTION, pos=b, rel=(b[0] - half[0], b[1] - half[1]), buttons=(1, 0, 0)
+            )
+        )
         self.frame(pygame.event.Event(pygame.MOUSEBUTTONUP, pos=b, button=1))
 
     def at(self, item: int) -> tuple[int, int]:
@@ -228,7 +236,10 @@ def test_forward_gradient_both(driver):
 
 def test_buttons_of_the_bar(driver):
     app = driver.app
-    zones = {action[0] if action[0] != "show" else f"show {action[1]}": rect for rect, action in app.window.topbar.zones}
+    zones = {
+        action[0] if action[0] != "show" else f"show {action[1]}": rect
+        for rect, action in app.window.topbar.zones
+    }
     driver.click(zones["show gradient"].center)
     assert app.ui.show == "gradient"
     playing = app.ui.playing
@@ -251,7 +262,11 @@ def test_double_click_closes_and_opens_a_scope(driver):
     driver.click((round(v.centerx + x), round(v.centery + y)), double=True)
     assert len(app.scene.items) < before
     driver.settle()
-    card = next(i for i in app.scene.shown if app.scene.items[i].group == cell.column and app.scene.items[i].phase == "forward")
+    card = next(
+        i
+        for i in app.scene.shown
+        if app.scene.items[i].group == cell.column and app.scene.items[i].phase == "forward"
+    )
     driver.now += 1
     driver.click(driver.at(int(card)), double=True)
     assert len(app.scene.items) == before
@@ -302,7 +317,11 @@ def test_help_lists_every_key(driver):
     assert driver.app.ui.sheet == ""
     listed = " ".join(k for k, _ in SHORTCUTS) + " ".join(t for _, t in SHORTCUTS)
     with open(keys.__file__, encoding="utf-8") as file:
-        used = {line.split("pygame.K_")[1].split(":")[0].split(" ")[0] for line in file if "key == pygame.K_" in line}
+        used = {
+            line.split("pygame.K_")[1].split(":")[0].split(" ")[0]
+            for line in file
+            if "key == pygame.K_" in line
+        }
     for name in used:
         if len(name) == 1:
             assert name.upper() in listed, f"the ? sheet does not mention {name}"

@@ -14,10 +14,24 @@ def graph(*rows, outputs=()):
     """Rows of (op, inputs, scope, extra)."""
     nodes = []
     for i, (op, inputs, scope, *extra) in enumerate(rows):
-        node = {"id": i, "op": op, "inputs": inputs, "attrs": {}, "shape": [4], "dtype": "float32", "scope": scope}
+        node = {
+            "id": i,
+            "op": op,
+            "inputs": inputs,
+            "attrs": {},
+            "shape": [4],
+            "dtype": "float32",
+            "scope": scope,
+        }
         node.update(*extra)
         nodes.append(node)
-    return {"format": "tracejit-graph", "version": 1, "name": "t", "nodes": nodes, "outputs": [{"name": "", "node": k} for k in outputs]}
+    return {
+        "format": "tracejit-graph",
+        "version": 1,
+        "name": "t",
+        "nodes": nodes,
+        "outputs": [{"name": "", "node": k} for k in outputs],
+    }
 
 
 def blocks(n: int, size: int = 60):
@@ -131,7 +145,9 @@ def test_optimizer_nodes_are_grouped_by_parameter():
     a = arrange(model)
     updates = [it for it in a.items if it.phase == "optimizer" and it.kind == "group"]
     assert len(updates) > 10
-    assert {"l0.wo", "l0.w1"} <= {it.label.replace(".l0", "l0") for it in updates} or any("wo" in it.label for it in updates)
+    assert {"l0.wo", "l0.w1"} <= {it.label.replace(".l0", "l0") for it in updates} or any(
+        "wo" in it.label for it in updates
+    )
     assert all(it.copies == 1 for it in updates)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from itertools import pairwise
 
 import pytest
 import synth
@@ -74,10 +75,14 @@ def check_page(page: Page, items) -> None:
     for (a, b), path in page.paths.items():
         assert path, (a, b)
         first, last = page.wires[path[0]].points[0], page.wires[path[-1]].points[-1]
-        assert touches(first, page.items[a]) and touches(last, page.items[b]), "an edge does not reach its cards"
-        for w, v in zip(path, path[1:]):
+        assert touches(first, page.items[a]) and touches(last, page.items[b]), (
+            "an edge does not reach its cards"
+        )
+        for w, v in pairwise(path):
             p, q = page.wires[w].points[-1], page.wires[v].points[0]
-            assert abs(p[0] - q[0]) < SLACK and abs(p[1] - q[1]) < SLACK, "pieces of an edge do not join at the rim"
+            assert abs(p[0] - q[0]) < SLACK and abs(p[1] - q[1]) < SLACK, (
+                "pieces of an edge do not join at the rim"
+            )
 
 
 def touches(point, rect) -> bool:
@@ -104,8 +109,8 @@ def test_layered_never_overlaps_and_covers_every_edge(graph):
     rects = [(x - w / 2, y - h / 2, w, h) for x, y, (w, h) in zip(plan.x, plan.y, sizes)]
     assert any_overlap(rects) is None
     assert set(plan.bends) == {e for e in edges if e[0] != e[1]}
-    assert all(-SLACK <= r[0] and r[0] + r[2] <= plan.width + SLACK for r in rects)
-    assert all(-SLACK <= r[1] and r[1] + r[3] <= plan.height + SLACK for r in rects)
+    assert all(r[0] >= -SLACK and r[0] + r[2] <= plan.width + SLACK for r in rects)
+    assert all(r[1] >= -SLACK and r[1] + r[3] <= plan.height + SLACK for r in rects)
 
 
 @given(digraphs())
@@ -130,7 +135,10 @@ def test_layered_uncrosses_what_can_be_uncrossed():
     edges = [(0, 5), (1, 4), (2, 3)]  # three edges drawn crossed in index order
     plan = layered([50] * 6, [20] * 6, edges)
     assert plan.crossings == 0
-    assert sorted(range(3), key=lambda v: plan.x[v]) == [5 - v for v in sorted(range(3, 6), key=lambda v: plan.x[v])][::1]
+    assert (
+        sorted(range(3), key=lambda v: plan.x[v])
+        == [5 - v for v in sorted(range(3, 6), key=lambda v: plan.x[v])][::1]
+    )
 
 
 # -- nested scopes ---------------------------------------------------------------------------------------------------
@@ -155,7 +163,7 @@ def test_compound_nests_and_joins(seed):
             path = out.paths[e]
             assert touches(out.wires[path[0]].points[0], out.items[e[0]])
             assert touches(out.wires[path[-1]].points[-1], out.items[e[1]])
-            for w, v in zip(path, path[1:]):
+            for w, v in pairwise(path):
                 assert out.wires[w].points[-1][:2] == pytest.approx(out.wires[v].points[0][:2], abs=SLACK)
 
 
@@ -175,7 +183,9 @@ def test_equal_scopes_are_laid_out_once():
     assert cache.misses == 3
     del scopes[71], sizes[71]
     compound(scopes, sizes, [e for e in edges if 71 not in e], cache=cache)
-    assert cache.misses == 6  # the changed block, its inside and the page: the other eleven come from the cache
+    assert (
+        cache.misses == 6
+    )  # the changed block, its inside and the page: the other eleven come from the cache
 
 
 # -- the page --------------------------------------------------------------------------------------------------------
@@ -183,7 +193,11 @@ def test_equal_scopes_are_laid_out_once():
 @settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 def test_page_of_random_programs(seed, blocks, per_block, train):
     model = parse_graph(synth.random_graph(seed, blocks, per_block, train))
-    for choices in (Choices(), Choices(collapse=False, fold_repeats=False), Choices(collapse=True, fold_repeats=True)):
+    for choices in (
+        Choices(),
+        Choices(collapse=False, fold_repeats=False),
+        Choices(collapse=True, fold_repeats=True),
+    ):
         a = arrange(model, choices)
         page = layout_page(a.items, list(a.edges))
         assert set(page.items) == {i.index for i in a.items}

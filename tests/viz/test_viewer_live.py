@@ -131,7 +131,9 @@ def test_two_trainers_at_once(hub, small_event, grad_event):
         send_steps(a, small_event, 1, k)
         send_steps(b, grad_event, 1, k)
         hub.poll()
-    pump(hub, lambda: len(hub.trainers) == 2 and all(t.sessions and t.sessions[1].steps for t in hub.trainers))
+    pump(
+        hub, lambda: len(hub.trainers) == 2 and all(t.sessions and t.sessions[1].steps for t in hub.trainers)
+    )
     names = {next(iter(t.sessions.values())).name for t in hub.trainers}
     assert names == {small_event.name, grad_event.name}
     a.close()
@@ -164,7 +166,11 @@ def test_nonsense_connections_are_closed_and_the_others_live(hub, small_event):
     observer = LiveObserver(spawn=False)
     observer.on_compile(small_event)
     send_steps(observer, small_event, 2)
-    for data in (b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n", wire.pack(wire.BYE), wire.HEAD.pack(b"TJ", 3, 1, 0, 0)):
+    for data in (
+        b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n",
+        wire.pack(wire.BYE),
+        wire.HEAD.pack(b"TJ", 3, 1, 0, 0),
+    ):
         s = place.connect(place.meeting_dir())
         s.sendall(data)
         pump(hub, lambda: hub.messages)

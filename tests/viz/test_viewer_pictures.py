@@ -101,7 +101,11 @@ def test_cards_brighten_as_they_finish(small_session):
     s, step = stage(small_session), small_session.last
     scene = s.scene
     scene.use_step(step)
-    item = next(int(i) for i in scene.shown if scene.items[i].category == "contraction" and scene.item_start[i] > 0.2 * step.duration)
+    item = next(
+        int(i)
+        for i in scene.shown
+        if scene.items[i].category == "contraction" and scene.item_start[i] > 0.2 * step.duration
+    )
     start, end = scene.item_start[item], scene.item_end[item]
     level = {}
     for name, t in (("pending", start - 1), ("running", (start + end) / 2), ("done", end + 1)):
@@ -206,7 +210,23 @@ def test_export_gif_moves(recording, tmp_path):
 def test_export_mp4(recording, tmp_path):
     imageio_ffmpeg = pytest.importorskip("imageio_ffmpeg")
     out = tmp_path / "o.mp4"
-    assert run(recording, out, "--size", "481x300", "--fps", "5", "--from", "2", "--to", "3", "--speed", "1/20000") == 0
+    assert (
+        run(
+            recording,
+            out,
+            "--size",
+            "481x300",
+            "--fps",
+            "5",
+            "--from",
+            "2",
+            "--to",
+            "3",
+            "--speed",
+            "1/20000",
+        )
+        == 0
+    )
     reader = imageio_ffmpeg.read_frames(str(out))
     meta = next(reader)
     assert meta["size"] == (480, 300) and meta["duration"] > 0.3
@@ -246,7 +266,9 @@ def test_export_errors_are_one_clear_line(recording, tmp_path, argv, words, caps
     assert code == 2 and words in err and "Traceback" not in err
 
 
-@pytest.mark.parametrize("argv", [("--size", "big"), ("--speed", "-1"), ("--speed", "fast"), ("--fps", "900")])
+@pytest.mark.parametrize(
+    "argv", [("--size", "big"), ("--speed", "-1"), ("--speed", "fast"), ("--fps", "900")]
+)
 def test_bad_options_are_refused(recording, tmp_path, argv, capsys):
     with pytest.raises(SystemExit):
         run(recording, tmp_path / "o.png", *argv)
@@ -277,7 +299,9 @@ def test_moments_and_films(recording):
     assert parse_moment("1ms", session, "")[1] <= last.duration
     assert parse_moment("2", session, "") == (2, 0.0)
     seen = []
-    count, frames = film(session, Shot(size=(200, 120), start="1", stop="2", speed=session.steps[1].duration * 1e-9, fps=4))
+    count, frames = film(
+        session, Shot(size=(200, 120), start="1", stop="2", speed=session.steps[1].duration * 1e-9, fps=4)
+    )
     for _ in frames:
         seen.append(1)
     assert len(seen) == count == 4 + 4 + 2
@@ -285,7 +309,12 @@ def test_moments_and_films(recording):
 
 def test_progress_is_reported(recording, tmp_path):
     told = []
-    export(load_recording(recording), tmp_path / "o.gif", Shot(size=(200, 120), fps=2), lambda a, b: told.append((a, b)))
+    export(
+        load_recording(recording),
+        tmp_path / "o.gif",
+        Shot(size=(200, 120), fps=2),
+        lambda a, b: told.append((a, b)),
+    )
     assert told[0][0] == 0 and told[-1][0] == told[-1][1] == len(told) - 1
 
 

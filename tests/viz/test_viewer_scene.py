@@ -16,24 +16,56 @@ from tracejit_viz.scene import ACTIVE, DONE, PENDING, Scene
 def tiny_session() -> Session:
     """x -> mul -> exp -> sum: kernel 0 covers mul and exp (100..200 ns), kernel 1 covers sum (300..450 ns)."""
     nodes = [
-        {"id": 0, "op": "input", "inputs": [], "attrs": {}, "shape": [4], "dtype": "float32", "scope": "", "name": "x"},
+        {
+            "id": 0,
+            "op": "input",
+            "inputs": [],
+            "attrs": {},
+            "shape": [4],
+            "dtype": "float32",
+            "scope": "",
+            "name": "x",
+        },
         {"id": 1, "op": "mul", "inputs": [0, 0], "attrs": {}, "shape": [4], "dtype": "float32", "scope": "a"},
         {"id": 2, "op": "exp", "inputs": [1], "attrs": {}, "shape": [4], "dtype": "float32", "scope": "a"},
         {"id": 3, "op": "sum", "inputs": [2], "attrs": {}, "shape": [], "dtype": "float32", "scope": "b"},
-        {"id": 4, "op": "reshape", "inputs": [3], "attrs": {}, "shape": [1], "dtype": "float32", "scope": "b"},
+        {
+            "id": 4,
+            "op": "reshape",
+            "inputs": [3],
+            "attrs": {},
+            "shape": [1],
+            "dtype": "float32",
+            "scope": "b",
+        },
     ]
     kernels = [
         {"id": 7, "name": "mul_exp", "kind": "loop", "nodes": [1, 2], "bytes": 3200, "flops": 6400},
         {"id": 9, "name": "sum", "kind": "loop", "nodes": [3], "bytes": 20, "flops": 4},
     ]
-    graph = {"format": "tracejit-graph", "version": 1, "name": "tiny", "nodes": nodes, "outputs": [{"name": "", "node": 4}]}
-    return Session({"program": 1, "name": "tiny", "device": "cpu", "graph": graph, "kernels": kernels, "ops": {}})
+    graph = {
+        "format": "tracejit-graph",
+        "version": 1,
+        "name": "tiny",
+        "nodes": nodes,
+        "outputs": [{"name": "", "node": 4}],
+    }
+    return Session(
+        {"program": 1, "name": "tiny", "device": "cpu", "graph": graph, "kernels": kernels, "ops": {}}
+    )
 
 
 def step(number: int = 0, duration: int = 500, begin: int = 0, scale: float = 1.0, **extra) -> Step:
     times = (np.array([100, 300]) * scale).astype(np.int64), (np.array([200, 450]) * scale).astype(np.int64)
     return Step(
-        number, np.array([7, 9], np.uint32), *times, np.array([64, 4]), np.zeros(2, np.uint8), int(duration * scale), begin, **extra
+        number,
+        np.array([7, 9], np.uint32),
+        *times,
+        np.array([64, 4]),
+        np.zeros(2, np.uint8),
+        int(duration * scale),
+        begin,
+        **extra,
     )
 
 
@@ -152,7 +184,11 @@ def test_closing_a_scope_and_opening_it_again_restores_the_page(small_session):
 
 
 def test_show_only_one_side(grad_session):
-    for show, phases in (("forward", {"forward"}), ("gradient", {"gradient"}), ("both", {"forward", "gradient"})):
+    for show, phases in (
+        ("forward", {"forward"}),
+        ("gradient", {"gradient"}),
+        ("both", {"forward", "gradient"}),
+    ):
         scene = Scene(grad_session, show=show)
         assert {scene.items[i].phase for i in scene.shown} == phases
 

@@ -39,7 +39,15 @@ def test_long_steps_and_large_memory_scale():
     n = 3
     t = np.array([0, 20, 40], np.int64) * 10**9
     event = StepEvent(
-        1, 0, np.arange(n, dtype=np.uint32), t, t + 19 * 10**9, np.full(n, 100 << 30), np.zeros(n, np.uint8), 0, 60 * 10**9
+        1,
+        0,
+        np.arange(n, dtype=np.uint32),
+        t,
+        t + 19 * 10**9,
+        np.full(n, 100 << 30),
+        np.zeros(n, np.uint8),
+        0,
+        60 * 10**9,
     )
     _, step = wire.decode_step(bytes(wire.StepEncoder().encode(event))[wire.HEAD.size :])
     np.testing.assert_allclose(step.end, event.end, rtol=1e-6)
@@ -68,7 +76,14 @@ def test_frames_arrive_in_any_pieces(small_event, size):
 
 def test_json_without_surprises():
     """NaN, infinities, NumPy scalars and odd objects in attributes neither break JSON nor execute anything."""
-    header = {"a": float("nan"), "b": float("-inf"), "c": np.float32(1.5), "d": (1, np.int64(2)), "e": object, "f": None}
+    header = {
+        "a": float("nan"),
+        "b": float("-inf"),
+        "c": np.float32(1.5),
+        "d": (1, np.int64(2)),
+        "e": object,
+        "f": None,
+    }
     (frame,) = frames(wire.pack(wire.HELLO, header))
     assert frame.header["a"] == "nan" and frame.header["b"] == "-inf" and frame.header["c"] == 1.5
     assert frame.header["d"] == [1, 2] and "object" in frame.header["e"] and frame.header["f"] is None
@@ -241,7 +256,9 @@ def test_a_kernel_whose_source_fails_is_recorded_without_it(tmp_path):
     def broken() -> str:
         raise RuntimeError("no IR kept")
 
-    event = CompileEvent(1, "f", "cpu", synth.random_graph(2), [KernelInfo(0, "k", "op", (1,), source=broken)])
+    event = CompileEvent(
+        1, "f", "cpu", synth.random_graph(2), [KernelInfo(0, "k", "op", (1,), source=broken)]
+    )
     path = tmp_path / "r.tjrec"
     with RecordObserver(path) as observer:
         observer.on_compile(event)

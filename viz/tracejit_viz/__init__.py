@@ -9,4 +9,12 @@ from __future__ import annotations
 from .errors import GraphFormatError, NoDisplayError, RecordingError, ViewerError, WireError
 from .plugin import Viewer, viewer
 
-__all__ = ["GraphFormatError", "NoDisplayError", "RecordingError", "Viewer", "ViewerError", "WireError", "viewer"]
+__all__ = [
+    "GraphFormatError",
+    "NoDisplayError",
+    "RecordingError",
+    "Viewer",
+    "ViewerError",
+    "WireError",
+    "viewer",
+]

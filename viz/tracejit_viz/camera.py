@@ -20,14 +20,19 @@ class Camera:
     _to: tuple[float, float, float] | None = None
     _start: float = 0.0
 
-    def fit(self, rect: tuple[float, float, float, float], view: tuple[float, float], margin: float = 34.0) -> None:
+    def fit(
+        self, rect: tuple[float, float, float, float], view: tuple[float, float], margin: float = 34.0
+    ) -> None:
         """Show a whole rectangle."""
         self._to = None
         self.x, self.y, self.zoom = self.fitted(rect, view, margin)
 
     @staticmethod
     def fitted(
-        rect: tuple[float, float, float, float], view: tuple[float, float], margin: float = 34.0, most: float = 1.6
+        rect: tuple[float, float, float, float],
+        view: tuple[float, float],
+        margin: float = 34.0,
+        most: float = 1.6,
     ) -> tuple[float, float, float]:
         """Centre and zoom that show a rectangle."""
         x, y, w, h = rect

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from .errors import ViewerError
@@ -73,12 +73,24 @@ def main_export(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("file", type=Path, help="run.tjrec or graph.json")
     parser.add_argument("out", type=Path, help="out.png, out.gif or out.mp4")
     parser.add_argument("--size", type=_size, default=(1920, 1080), help="1920x1080")
-    parser.add_argument("--from", dest="start", default="", metavar="WHEN", help="first moment (PNG: the moment, 60%% of the last step)")
-    parser.add_argument("--to", dest="stop", default="", metavar="WHEN", help="last moment (the end of the step)")
-    parser.add_argument("--speed", type=_speed, help="program time per film time, for example 1/200 (default: 8 s in all)")
+    parser.add_argument(
+        "--from",
+        dest="start",
+        default="",
+        metavar="WHEN",
+        help="first moment (PNG: the moment, 60%% of the last step)",
+    )
+    parser.add_argument(
+        "--to", dest="stop", default="", metavar="WHEN", help="last moment (the end of the step)"
+    )
+    parser.add_argument(
+        "--speed", type=_speed, help="program time per film time, for example 1/200 (default: 8 s in all)"
+    )
     parser.add_argument("--fps", type=int, default=20, help="frames per second (20)")
     parser.add_argument("--show", choices=("forward", "gradient", "both"), default="both")
-    parser.add_argument("--heat", choices=("off", "time", "memory"), default="off", help="colour cards by time or memory")
+    parser.add_argument(
+        "--heat", choices=("off", "time", "memory"), default="off", help="colour cards by time or memory"
+    )
     parser.add_argument("--select", default="", metavar="TEXT", help="select the first card that matches")
     parser.add_argument("--program", default="", metavar="NAME", help="which program of the recording")
     parser.add_argument("--no-panels", action="store_true", help="the graph only")
@@ -96,7 +108,17 @@ def main_export(argv: Sequence[str] | None = None) -> int:
             print(f"tracejit export: {o.file}: {trainer.message}", file=sys.stderr)
         mode = {"off": "op"}.get(o.heat, o.heat)
         shot = Shot(
-            o.size, o.start, o.stop, o.speed, o.fps, o.show, mode, o.select, not o.no_panels, o.program, o.unfold
+            o.size,
+            o.start,
+            o.stop,
+            o.speed,
+            o.fps,
+            o.show,
+            mode,
+            o.select,
+            not o.no_panels,
+            o.program,
+            o.unfold,
         )
         _with_progress(o.out, lambda tell: export(trainer, o.out, shot, tell))
     except ViewerError as error:
@@ -109,7 +131,7 @@ def main_export(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _with_progress(out: Path, work) -> None:  # type: ignore[no-untyped-def]
+def _with_progress(out: Path, work: Callable[[Callable[[int, int], None]], object]) -> None:
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 

@@ -19,7 +19,7 @@ import warnings
 from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from . import place, wire
 from .errors import NoDisplayError
@@ -55,18 +55,20 @@ def start_viewer(directory: Path) -> subprocess.Popen[bytes]:
     env = dict(os.environ)
     roots = [str(Path(__file__).resolve().parent.parent)]
     roots += [p for p in sys.path if p and Path(p, "tracejit").is_dir()]
-    env["PYTHONPATH"] = os.pathsep.join(dict.fromkeys([*roots, *env.get("PYTHONPATH", "").split(os.pathsep)])).strip(os.pathsep)
+    env["PYTHONPATH"] = os.pathsep.join(
+        dict.fromkeys([*roots, *env.get("PYTHONPATH", "").split(os.pathsep)])
+    ).strip(os.pathsep)
     env["TRACEJIT_VIEWER_DIR"] = str(directory)
     log = open(directory / "viewer.log", "wb")  # noqa: SIM115 - handed to the child
     try:
-        flags = {"creationflags": 0x00000208} if os.name == "nt" else {"start_new_session": True}
+        flags: dict[str, Any] = {"creationflags": 0x208} if os.name == "nt" else {"start_new_session": True}
         return subprocess.Popen(
             [sys.executable, "-m", "tracejit_viz.live"],
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,
             env=env,
-            **flags,  # type: ignore[arg-type]
+            **flags,
         )
     finally:
         log.close()
@@ -176,7 +178,9 @@ class LiveObserver:
             return
         with self._lock:
             if self._held is not None:
-                self._queue_bytes(bytes(self._encoder.encode(self._held, self._skipped.get(self._held.program, 0))))
+                self._queue_bytes(
+                    bytes(self._encoder.encode(self._held, self._skipped.get(self._held.program, 0)))
+                )
                 self._held = None
             self._queue_bytes(wire.pack(wire.BYE))
             end = time.monotonic() + EXIT_WAIT
@@ -299,7 +303,9 @@ class LiveObserver:
                 except Exception as error:
                     text = f"(no source: {error})"
             self._queue_bytes(
-                wire.pack(wire.SOURCE, {"program": program, "kernel": int(frame.header["kernel"]), "source": text})
+                wire.pack(
+                    wire.SOURCE, {"program": program, "kernel": int(frame.header["kernel"]), "source": text}
+                )
             )
             self._pump()
         for node in frame.header.get("nodes", ()):
@@ -313,7 +319,9 @@ class LiveObserver:
                 if self._process.wait(0.3) == 1:
                     self._dead = True
                     warnings.warn(
-                        f"tracejit viewer: the viewer could not start: {self._log_tail()}", RuntimeWarning, stacklevel=5
+                        f"tracejit viewer: the viewer could not start: {self._log_tail()}",
+                        RuntimeWarning,
+                        stacklevel=5,
                     )
         self._dead = True
         self._queue.clear()

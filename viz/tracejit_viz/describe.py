@@ -59,7 +59,9 @@ def describe_item(scene: Scene, index: int, step: Step | None) -> ItemFacts:
     tags = [session.device]
     fused = [s for s in slots if len(session.kernels[s].nodes) > 1]
     if fused:
-        tags.append(f"fused k{session.kernels[fused[-1]].id}" + (f" +{len(fused) - 1}" if len(fused) > 1 else ""))
+        tags.append(
+            f"fused k{session.kernels[fused[-1]].id}" + (f" +{len(fused) - 1}" if len(fused) > 1 else "")
+        )
     if item.copies > 1:
         tags.append(f"× {item.copies}")
     timing, note = _timing_rows(scene, slots)
@@ -77,7 +79,11 @@ def describe_item(scene: Scene, index: int, step: Step | None) -> ItemFacts:
         kernel_note=note,
         slots=slots,
         source=source_lines(node.source),
-        rules=[(label, entry[k]) for k, label in (("shape_rule", "shape"), ("grad_rule", "gradient")) if entry.get(k)],
+        rules=[
+            (label, entry[k])
+            for k, label in (("shape_rule", "shape"), ("grad_rule", "gradient"))
+            if entry.get(k)
+        ],
         partner_title=title,
         partners=partners,
     )
@@ -143,7 +149,12 @@ def _tensor_rows(item: Item, node: Node, scene: Scene) -> list[tuple[str, str]]:
         c = scene.model.nodes[s].constant
         n = scene.model.nodes[c if c is not None else s]
         if n.op == "const" and n.size == 1 and "value" in n.attrs:
-            rows.append((f"constant #{n.id}", f"{value_text(n.attrs['value'])}  {exact_bits(n.attrs['value'], n.dtype)}".strip()))
+            rows.append(
+                (
+                    f"constant #{n.id}",
+                    f"{value_text(n.attrs['value'])}  {exact_bits(n.attrs['value'], n.dtype)}".strip(),
+                )
+            )
     if item.kind == "group":
         rows.append(("nodes", count_text(len(item.nodes))))
     return rows
@@ -168,7 +179,11 @@ def _timing_rows(scene: Scene, slots: list[int]) -> tuple[list[tuple[str, str]],
         k = session.kernels[whole[-1]]
         note = f"Times are of the whole kernel k{k.id} {k.name} ({k.kind}, {len(k.nodes)} nodes)."
         if len(slots) > 1:
-            note = f"Sum of {len(slots)} kernels; " + note[0].lower() + note[1:] if len(whole) == 1 else f"Sum of {len(slots)} kernels."
+            note = (
+                f"Sum of {len(slots)} kernels; " + note[0].lower() + note[1:]
+                if len(whole) == 1
+                else f"Sum of {len(slots)} kernels."
+            )
     return rows, note
 
 

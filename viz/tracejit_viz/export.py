@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("PYGAME_HIDE_SUPPORT_PROMPT", "1")
 
@@ -54,7 +55,9 @@ def parse_moment(text: str, session: Session, default: str) -> tuple[int, float]
     index = len(session.steps) - 1
     if step_text:
         if not step_text.isdigit():
-            raise ViewerError(f"cannot read {text!r}: write a step (12), a time in a step (1.5ms, 60%), or both (12:60%)")
+            raise ViewerError(
+                f"cannot read {text!r}: write a step (12), a time in a step (1.5ms, 60%), or both (12:60%)"
+            )
         number = int(step_text)
         index = min(range(len(session.steps)), key=lambda i: abs(session.steps[i].step - number))
     step = session.steps[index]
@@ -76,7 +79,9 @@ def choose_session(trainer: Trainer, name: str = "") -> Session:
                 return s
         known = ", ".join(s.name for s in trainer.sessions.values())
         raise ViewerError(f"no program {name!r} in this recording; it has: {known}")
-    return trainer.sessions[trainer.active] if trainer.active in trainer.sessions else next(iter(trainer.sessions.values()))  # type: ignore[index]
+    if trainer.active is not None and trainer.active in trainer.sessions:
+        return trainer.sessions[trainer.active]
+    return next(iter(trainer.sessions.values()))
 
 
 class Stage:
@@ -154,7 +159,10 @@ def film(session: Session, shot: Shot) -> tuple[int, Iterator[pygame.Surface]]:
 
 
 def export(
-    trainer: Trainer, out: str | os.PathLike[str], shot: Shot | None = None, progress: Callable[[int, int], None] | None = None
+    trainer: Trainer,
+    out: str | os.PathLike[str],
+    shot: Shot | None = None,
+    progress: Callable[[int, int], None] | None = None,
 ) -> Path:
     """Write a PNG, GIF or MP4 of a recording (or a PNG of a graph). Returns the path written."""
     shot = shot or Shot()
@@ -211,11 +219,17 @@ def save_gif(frames: Iterable[pygame.Surface], path: Path, fps: int) -> None:
     if not images:
         raise ViewerError("no frames to save")
     images[0].save(
-        path, save_all=True, append_images=images[1:], duration=round(1000 / fps), loop=0, optimize=False, disposal=1
+        path,
+        save_all=True,
+        append_images=images[1:],
+        duration=round(1000 / fps),
+        loop=0,
+        optimize=False,
+        disposal=1,
     )
 
 
-def _palette(image):  # type: ignore[no-untyped-def]
+def _palette(image: Any) -> Any:
     """255 colours: what the first frame uses, and every colour (and its glow) a later one can light up."""
     from PIL import Image
 
@@ -244,7 +258,14 @@ def save_mp4(frames: Iterable[pygame.Surface], path: Path, fps: int, size: tuple
         ) from None
     w, h = size[0] // 2 * 2, size[1] // 2 * 2
     writer = imageio_ffmpeg.write_frames(
-        str(path), (w, h), fps=fps, codec="libx264", pix_fmt_out="yuv420p", quality=8, macro_block_size=2, ffmpeg_log_level="error"
+        str(path),
+        (w, h),
+        fps=fps,
+        codec="libx264",
+        pix_fmt_out="yuv420p",
+        quality=8,
+        macro_block_size=2,
+        ffmpeg_log_level="error",
     )
     writer.send(None)
     try:

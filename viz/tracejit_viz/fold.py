@@ -167,7 +167,9 @@ class _Builder:
             key: object
             if group is not None:
                 key = (n.phase, group)
-                self.item_of[n.id] = self._item(key, n, "group", group[:-1] or (() if n.phase == OPTIMIZER else group), group)
+                self.item_of[n.id] = self._item(
+                    key, n, "group", group[:-1] or (() if n.phase == OPTIMIZER else group), group
+                )
             else:
                 key = n.id if placed.merge[n.id] is None else placed.merge[n.id]
                 self.item_of[n.id] = self._item(key, n, "node", path)
@@ -270,7 +272,11 @@ def _merge_single_scopes(items: list[Item]) -> None:
                 direct.add((it.phase, it.path))
                 for i in range(1, len(it.path)):
                     children[it.phase, it.path[:i]].add(it.path[: i + 1])
-        single = {(p, next(iter(kids))) for (p, path), kids in children.items() if len(kids) == 1 and (p, path) not in direct}
+        single = {
+            (p, next(iter(kids)))
+            for (p, path), kids in children.items()
+            if len(kids) == 1 and (p, path) not in direct
+        }
         if not single:
             return
         for it in items:
@@ -314,7 +320,10 @@ def _describe_node(it: Item, head: Node, model: GraphModel) -> None:
     it.category = head.category
     if head.category == "constant":
         it.copies = 1
-        it.label, it.detail = constant_text(model.nodes[head.constant if head.constant is not None else head.id]), ""
+        it.label, it.detail = (
+            constant_text(model.nodes[head.constant if head.constant is not None else head.id]),
+            "",
+        )
         it.width, it.height = max(58.0, 6.6 * len(it.label) + 30), 30.0
     elif head.category in ("parameter", "input"):
         it.label, it.detail = short_name(head.name) or "input", shape_text(head.shape)

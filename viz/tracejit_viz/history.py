@@ -124,12 +124,18 @@ class Session:
             ran[slots[ok]] = True
             self.window[row, ran] = spent[ran]
         self.durations[row] = step.duration
-        if self._last_begin is not None and step.begin > self._last_begin[0] and step.step > self._last_begin[1]:
+        if (
+            self._last_begin is not None
+            and step.begin > self._last_begin[0]
+            and step.step > self._last_begin[1]
+        ):
             now = (step.step - self._last_begin[1]) / ((step.begin - self._last_begin[0]) * 1e-9)
             self.rate = now if not self.rate else 0.85 * self.rate + 0.15 * now
         self._last_begin = (step.begin, step.step)
         self.steps.append(step)
-        if len(self.steps) > self.keep:  # thin: the recent half stays whole, the older half loses every other step
+        if (
+            len(self.steps) > self.keep
+        ):  # thin: the recent half stays whole, the older half loses every other step
             half = len(self.steps) // 2
             self.steps[:half] = self.steps[:half:2]
         if step.loss is not None:
@@ -161,7 +167,9 @@ class Session:
         n = len(self.model.nodes)
         start = np.full(n, np.inf)
         end = np.full(n, -np.inf)
-        if step.nan_node is not None and not len(step.kernels):  # checked node by node, stopped at the bad one
+        if step.nan_node is not None and not len(
+            step.kernels
+        ):  # checked node by node, stopped at the bad one
             before = np.arange(n) < step.nan_node
             start[before] = end[before] = 0.0
             start[~before] = end[~before] = np.inf

@@ -60,7 +60,9 @@ def press(app: App, event: pygame.event.Event, now: float) -> None:
         app.set_show(SHOWS[(SHOWS.index(ui.show) + 1) % 3])
     elif key == pygame.K_h:
         ui.mode = MODES[(MODES.index(ui.mode) + 1) % 3]
-        app.toast({"op": "heat map off", "time": "heat map: time", "memory": "heat map: memory"}[ui.mode], now, 1.5)
+        app.toast(
+            {"op": "heat map off", "time": "heat map: time", "memory": "heat map: memory"}[ui.mode], now, 1.5
+        )
     elif key == pygame.K_p:
         _path(app, now)
     elif key == pygame.K_k:
@@ -107,7 +109,10 @@ def _type(app: App, event: pygame.event.Event, now: float) -> None:
         if len(ui.matches) and event.mod & pygame.KMOD_SHIFT:
             app.next_match(now, -1)
         else:
-            app.next_match(now, 1 if app.camera.zoom and ui.match >= 0 and getattr(app, "_searched", "") == ui.query else 0)
+            app.next_match(
+                now,
+                1 if app.camera.zoom and ui.match >= 0 and getattr(app, "_searched", "") == ui.query else 0,
+            )
         app._searched = ui.query  # type: ignore[attr-defined]
     elif event.key == pygame.K_BACKSPACE:
         app.search(ui.query[:-1])

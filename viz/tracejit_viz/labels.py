@@ -90,7 +90,10 @@ def value_text(value: object, limit: int = 12) -> str:
         single = struct.unpack("f", struct.pack("f", value))[0] if abs(value) < 3e38 else value
         for digits in range(1, 10):
             text = f"{value:.{digits}g}"
-            if float(text) == value or struct.unpack("f", struct.pack("f", min(float(text), 3e38)))[0] == single:
+            if (
+                float(text) == value
+                or struct.unpack("f", struct.pack("f", min(float(text), 3e38)))[0] == single
+            ):
                 return text
         return f"{value:.9g}"
     if isinstance(value, (list, tuple)):

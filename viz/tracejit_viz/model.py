@@ -37,7 +37,9 @@ _FALLBACK_CATEGORY = {
 FALLBACK_CATEGORY = {op: cat for cat, ops in _FALLBACK_CATEGORY.items() for op in ops.split()}
 
 _PARAM_ROOTS = ("param", "model", "weights", "self", "theta", "net")
-_PARAM_LEAVES = frozenset("w b weight bias scale gamma beta kernel embedding emb g".split())
+_PARAM_LEAVES = frozenset(
+    ["w", "b", "weight", "bias", "scale", "gamma", "beta", "kernel", "embedding", "emb", "g"]
+)
 
 
 @dataclass(slots=True)
@@ -236,4 +238,6 @@ def _looks_like_parameter(n: Node, nodes: list[Node], has_update: bool) -> bool:
     parts = [p for p in n.name.replace("[", ".").replace("]", "").replace("/", ".").split(".") if p]
     if not parts:
         return False
-    return parts[0].lower().startswith(_PARAM_ROOTS) or (len(parts) > 1 and parts[-1].lower() in _PARAM_LEAVES)
+    return parts[0].lower().startswith(_PARAM_ROOTS) or (
+        len(parts) > 1 and parts[-1].lower() in _PARAM_LEAVES
+    )

@@ -47,7 +47,9 @@ class Viewer:
 
         return RecordObserver(path)
 
-    def view_graph(self, graph_json: Mapping[str, Any], ops: Mapping[str, Mapping[str, str]] | None = None) -> None:
+    def view_graph(
+        self, graph_json: Mapping[str, Any], ops: Mapping[str, Mapping[str, str]] | None = None
+    ) -> None:
         """Show a graph that is not running. Returns when the window has it.
 
         Raises :class:`NoDisplayError` without a screen, :class:`GraphFormatError` for a bad document.
@@ -59,7 +61,9 @@ class Viewer:
 
         parse_graph(graph_json, ops or {})  # a clear error here, not in the other process
         if not has_display():
-            raise NoDisplayError("no display to show the graph on; fn.graph(...) also renders to PNG in notebooks")
+            raise NoDisplayError(
+                "no display to show the graph on; fn.graph(...) also renders to PNG in notebooks"
+            )
         observer = LiveObserver()
         name = str(graph_json.get("name") or "graph")
         observer.on_compile(CompileEvent(next_program_id(), name, "static", graph_json, (), ops or {}))

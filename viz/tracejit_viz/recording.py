@@ -42,7 +42,12 @@ class RecordObserver:
         self._counts: dict[int, int] = {}
         self._written = 0
         self._next_flush = 0.0
-        self._write(wire.pack(wire.HELLO, {"wire": wire.VERSION, "pid": os.getpid(), "time": time.time(), "title": "recording"}))
+        self._write(
+            wire.pack(
+                wire.HELLO,
+                {"wire": wire.VERSION, "pid": os.getpid(), "time": time.time(), "title": "recording"},
+            )
+        )
 
     def on_compile(self, event: CompileEvent) -> None:
         """Write a program once, with the generated code of its kernels."""
@@ -94,7 +99,9 @@ class RecordObserver:
             self._file.write(data)
             self._written += len(data)
         except OSError as error:
-            warnings.warn(f"tracejit recording stopped: {error.strerror or error}", RuntimeWarning, stacklevel=3)
+            warnings.warn(
+                f"tracejit recording stopped: {error.strerror or error}", RuntimeWarning, stacklevel=3
+            )
             self._file = None
 
     def __enter__(self) -> RecordObserver:

@@ -84,7 +84,9 @@ class Scene:
             self.in_edges.setdefault(b, []).append(a)
         flat = [n for it in self.items for n in it.nodes]
         self._item_nodes = np.array(flat, np.int64)
-        self._item_start = np.concatenate([[0], np.cumsum([len(it.nodes) for it in self.items])[:-1]]).astype(np.int64)
+        self._item_start = np.concatenate([[0], np.cumsum([len(it.nodes) for it in self.items])[:-1]]).astype(
+            np.int64
+        )
         self._item_count = np.array([len(it.nodes) for it in self.items], np.float64)
         self._timed = None
         self.version += 1
@@ -114,7 +116,7 @@ class Scene:
             return np.where(turning, np.minimum(dist * 0.42, 12.0 + 0.75 * along), straight)[:, None]
 
         b, c = p[:, :2] + p[:, 2:] * reach(p[:, 2:]), q[:, :2] - q[:, 2:] * reach(q[:, 2:])
-        curves: list[np.ndarray | None] = [None] * len(pieces)
+        curves: dict[int, np.ndarray] = {}
         for points, chosen in ((8, dist < 70), (14, (dist >= 70) & (dist < 320)), (32, dist >= 320)):
             which = np.flatnonzero(chosen)
             if not len(which):
@@ -123,13 +125,13 @@ class Scene:
             u = 1.0 - t
             ctrl = [v[which][:, None, :2] for v in (p, b, c, q)]
             curve = u**3 * ctrl[0] + 3 * u * u * t * ctrl[1] + 3 * u * t * t * ctrl[2] + t**3 * ctrl[3]
-            for k, line in zip(which, curve):
-                curves[k] = line
+            for at, samples in zip(which, curve):
+                curves[int(at)] = samples
         for k, (i, j) in enumerate(spans):
-            parts = [curves[m] if m == i else curves[m][1:] for m in range(i, j)]  # type: ignore[index]
-            line = np.concatenate(parts) if j - i > 1 else parts[0]  # type: ignore[arg-type]
-            self.polylines.append(line)  # type: ignore[arg-type]
-            self.wire_boxes[k] = (*line.min(0), *line.max(0))  # type: ignore[union-attr]
+            parts = [curves[m] if m == i else curves[m][1:] for m in range(i, j)]
+            line = np.concatenate(parts) if j - i > 1 else parts[0]
+            self.polylines.append(line)
+            self.wire_boxes[k] = (*line.min(0), *line.max(0))
 
     def edge_path(self, edge: tuple[int, int]) -> np.ndarray:
         """The whole polyline of an edge, from card to card."""

@@ -51,7 +51,9 @@ def home_scopes(model: GraphModel) -> list[Path]:
                 scope[n.id] = scope[near[-1]][:1]
     for n in reversed(nodes):
         if not scope[n.id] and n.users and n.phase != OPTIMIZER:
-            near = [u for u in n.users if nodes[u].phase == n.phase and scope[u]] or [u for u in n.users if scope[u]]
+            near = [u for u in n.users if nodes[u].phase == n.phase and scope[u]] or [
+                u for u in n.users if scope[u]
+            ]
             if near:
                 scope[n.id] = scope[min(near)] if n.is_source else scope[min(near)][:1]
     return scope
@@ -113,7 +115,8 @@ def find_folds(model: GraphModel, scope: list[Path]) -> dict[Path, Fold]:
             same = [
                 p
                 for p in rest
-                if sum((content[p] & content[reference]).values()) >= ALIKE * max(total, sum(content[p].values()))
+                if sum((content[p] & content[reference]).values())
+                >= ALIKE * max(total, sum(content[p].values()))
             ]
             if len(same) >= 3:
                 key = (*parent, f"{stem} × {len(same)}")

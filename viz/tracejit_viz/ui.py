@@ -15,7 +15,9 @@ Rect4 = tuple[int, int, int, int]
 #: What the zones of the window do when clicked: (action, argument).
 Action = tuple[str, object]
 
-SPEEDS = tuple(1.0 / s for s in (100000, 50000, 20000, 10000, 5000, 2000, 1000, 500, 200, 100, 50, 20, 10, 5, 2, 1))
+SPEEDS = tuple(
+    1.0 / s for s in (100000, 50000, 20000, 10000, 5000, 2000, 1000, 500, 200, 100, 50, 20, 10, 5, 2, 1)
+)
 
 SHORTCUTS = (
     ("Space", "play / pause"),

@@ -82,7 +82,9 @@ class FrameReader:
             while len(self._buffer) - at >= HEAD.size:
                 magic, version, kind, n_json, n_data = HEAD.unpack_from(self._buffer, at)
                 if magic != MAGIC:
-                    raise WireError("not a tracejit stream, or damaged: a frame does not start where it should")
+                    raise WireError(
+                        "not a tracejit stream, or damaged: a frame does not start where it should"
+                    )
                 if version != VERSION:
                     raise WireError(f"written by wire version {version}; this viewer reads version {VERSION}")
                 if kind not in KINDS or n_json > MAX_PART or n_data > MAX_PART:
@@ -167,7 +169,9 @@ def decode_step(data: bytes) -> tuple[int, Step]:
     """(program, step) of a STEP frame's data. Raises :class:`WireError` when lengths disagree."""
     if len(data) < STEP_HEAD.size:
         raise WireError("damaged step: too short")
-    (program, step, n, begin, duration, time_unit, live_unit, loss, nan_node, flags, skipped) = STEP_HEAD.unpack_from(data)
+    (program, step, n, begin, duration, time_unit, live_unit, loss, nan_node, flags, skipped) = (
+        STEP_HEAD.unpack_from(data)
+    )
     if len(data) != STEP_HEAD.size + 17 * n:
         raise WireError(f"damaged step: {n} kernels do not fit {len(data)} bytes")
     at = STEP_HEAD.size
@@ -215,7 +219,9 @@ def decode_values(frame: Frame) -> tuple[int, int, NodeValues]:
         image = np.frombuffer(frame.data, np.uint8).reshape(shape) if shape else None
         stats = {str(k): float(v) for k, v in h["stats"].items()}
         edges = (float(h["edges"][0]), float(h["edges"][1]))
-        values = NodeValues(int(h["step"]), stats, [int(b) for b in h["histogram"]], edges, image, str(h.get("note", "")))
+        values = NodeValues(
+            int(h["step"]), stats, [int(b) for b in h["histogram"]], edges, image, str(h.get("note", ""))
+        )
         return int(h["program"]), int(h["node"]), values
     except (KeyError, TypeError, ValueError, IndexError) as error:
         raise WireError(f"damaged values: {error!r}") from None

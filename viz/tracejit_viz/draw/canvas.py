@@ -37,19 +37,27 @@ class Canvas:
     def _rect(self, box: Box) -> pygame.Rect:
         k = self.scale
         x0, y0 = round(box[0] * k), round(box[1] * k)
-        return pygame.Rect(x0, y0, max(1, round((box[0] + box[2]) * k) - x0), max(1, round((box[1] + box[3]) * k) - y0))
+        return pygame.Rect(
+            x0, y0, max(1, round((box[0] + box[2]) * k) - x0), max(1, round((box[1] + box[3]) * k) - y0)
+        )
 
     def rect(self, box: Box, color: Color, radius: float = 0.0, width: float = 0.0) -> None:
         """A filled (width 0) or outlined rounded rectangle."""
         r = self._rect(box)
         radius_px = int(min(radius * self.scale, r.w / 2, r.h / 2))
-        pygame.draw.rect(self.surface, color, r, max(1, round(width * self.scale)) if width else 0, border_radius=radius_px)
+        pygame.draw.rect(
+            self.surface, color, r, max(1, round(width * self.scale)) if width else 0, border_radius=radius_px
+        )
 
     def circle(self, center: tuple[float, float], radius: float, color: Color, width: float = 0.0) -> None:
         """A disc or a ring."""
         k = self.scale
         pygame.draw.circle(
-            self.surface, color, (center[0] * k, center[1] * k), radius * k, max(1, round(width * k)) if width else 0
+            self.surface,
+            color,
+            (center[0] * k, center[1] * k),
+            radius * k,
+            max(1, round(width * k)) if width else 0,
         )
 
     def poly(self, points: Sequence[tuple[float, float]], color: Color, width: float = 0.0) -> None:
@@ -60,7 +68,9 @@ class Canvas:
         else:
             pygame.draw.polygon(self.surface, color, pts)
 
-    def line(self, points: np.ndarray | Sequence[tuple[float, float]], color: Color, width: float = 1.0) -> None:
+    def line(
+        self, points: np.ndarray | Sequence[tuple[float, float]], color: Color, width: float = 1.0
+    ) -> None:
         """A smooth polyline."""
         ribbon(self.surface, np.asarray(points, float) * self.scale, color, width * self.scale)
 
@@ -176,7 +186,9 @@ class Sprites:
         key = ("outline", iw, ih, round(radius, 1), color, round(width, 1))
         return self.get(key, iw, ih, lambda c: c.rect((1, 1, w, h), color, radius, width))
 
-    def pill(self, w: float, h: float, color: Color, radius: float | None = None, edge: Color | None = None) -> pygame.Surface:
+    def pill(
+        self, w: float, h: float, color: Color, radius: float | None = None, edge: Color | None = None
+    ) -> pygame.Surface:
         """A filled rounded box, with an outline when ``edge`` is given."""
         iw, ih = math.ceil(w) + 2, math.ceil(h) + 2
         r = h / 2 if radius is None else radius

@@ -19,7 +19,14 @@ def outline_points(cat: str, x: float, y: float, w: float, h: float) -> list[tup
     """Corners of the polygon shapes; None for the rounded ones."""
     if cat == "constant":
         k = h * 0.32
-        return [(x + k, y), (x + w - k, y), (x + w, y + h / 2), (x + w - k, y + h), (x + k, y + h), (x, y + h / 2)]
+        return [
+            (x + k, y),
+            (x + w - k, y),
+            (x + w, y + h / 2),
+            (x + w - k, y + h),
+            (x + k, y + h),
+            (x, y + h / 2),
+        ]
     if cat == "view":
         k = h * 0.22
         return [(x + k, y), (x + w, y), (x + w - k, y + h), (x, y + h)]
@@ -58,12 +65,18 @@ def paint_card(
     x, y, w, h = (v * scale for v in box)
     if h < PLAIN_BELOW * scale:
         color = base if running else mix(CARD, base, 0.8 if tint else 0.62)
-        pygame.draw.rect(surface, color, pygame.Rect(round(x), round(y), max(scale, round(w)), max(scale, round(h))))
+        pygame.draw.rect(
+            surface, color, pygame.Rect(round(x), round(y), max(scale, round(w)), max(scale, round(h)))
+        )
         return
     line = max(1, round((2.0 if running else 1.2) * scale))
-    if item.copies > 1 or item.kind == "group":  # a second edge behind: this card stands for more than one node
+    if (
+        item.copies > 1 or item.kind == "group"
+    ):  # a second edge behind: this card stands for more than one node
         d = 3.0 * zoom * scale
-        _shape(surface, cat, (x + d, y + d, w, h), mix(BG, fill, 0.75), mix(BG, edge, 0.6), line, zoom * scale)
+        _shape(
+            surface, cat, (x + d, y + d, w, h), mix(BG, fill, 0.75), mix(BG, edge, 0.6), line, zoom * scale
+        )
     _shape(surface, cat, (x, y, w, h), fill, edge, line, zoom * scale)
     if outline_points(cat, 0, 0, 1, 1) is None and cat != "parameter":
         bar = pygame.Rect(round(x), round(y + 6 * zoom * scale), max(2, round(3.2 * zoom * scale)), 0)
@@ -114,11 +127,24 @@ def paint_label(
     if cat == "constant":
         _centre(surface, fonts, item.label, cx, y + h / 2, px * 0.88, ink, room, MONO, MEDIUM)
     elif cat == "parameter":
-        _centre(surface, fonts, item.label, cx, y + h * (0.5 if one_line else 0.35), px * 0.95, mix(ink, _warm(cat), 0.35 * (not running)), room, UI, SEMIBOLD)
+        _centre(
+            surface,
+            fonts,
+            item.label,
+            cx,
+            y + h * (0.5 if one_line else 0.35),
+            px * 0.95,
+            mix(ink, _warm(cat), 0.35 * (not running)),
+            room,
+            UI,
+            SEMIBOLD,
+        )
         if not one_line:
             _centre(surface, fonts, item.detail, cx, y + h * 0.74, px * 0.64, soft, room, MONO, REGULAR)
     else:
-        _centre(surface, fonts, item.label, cx, y + h * (0.5 if one_line else 0.345), px, ink, room, UI, SEMIBOLD)
+        _centre(
+            surface, fonts, item.label, cx, y + h * (0.5 if one_line else 0.345), px, ink, room, UI, SEMIBOLD
+        )
         if not one_line:
             _centre(surface, fonts, item.detail, cx, y + h * 0.735, px * 0.73, soft, room, MONO, REGULAR)
 

@@ -17,6 +17,7 @@ from .text import Fonts
 from .theme import BG
 
 MAX_PIXELS = 6_000_000  # of one prepared picture
+FIRST = 0.25  # seconds a window may block for its first picture
 SETTLE = 0.07  # seconds without zooming before a sharp picture is made
 
 
@@ -69,9 +70,11 @@ class GraphView:
         """Spend up to ``budget`` seconds on the next picture."""
         if camera.zoom != self._zoom_seen[0]:
             self._zoom_seen = (camera.zoom, now)
-        if self.front is None:
-            self.front = self._new_layer(camera)
-            self.front.finish()
+        if self.front is None:  # the first picture: at once if that is quick, else over the next frames
+            if self.back is None or self.back.version != self.scene.version or self.back.zoom != camera.zoom:
+                self.back = self._new_layer(camera)
+            if self.back.work(max(budget, FIRST)):
+                self.front, self.back = self.back, None
             return
         layer = self.front
         outdated = layer.version != self.scene.version or layer.mode != self.mode or self.stale
@@ -130,5 +133,8 @@ class GraphView:
         screen.set_clip(self.rect.clip(clip))
         size = (max(1, round(part.w * k)), max(1, round(part.h * k)))
         scaled = pygame.transform.scale(picture.subsurface(part), size)
-        screen.blit(scaled, (round(self.rect.centerx + (part.x - cx) * k), round(self.rect.centery + (part.y - cy) * k)))
+        screen.blit(
+            scaled,
+            (round(self.rect.centerx + (part.x - cx) * k), round(self.rect.centery + (part.y - cy) * k)),
+        )
         screen.set_clip(clip)

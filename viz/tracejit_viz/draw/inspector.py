@@ -18,7 +18,23 @@ from ..ui import Action, UiState
 from .canvas import Canvas
 from .cards import paint_card
 from .text import BOLD, MEDIUM, MONO, REGULAR, SEMIBOLD, UI, Fonts
-from .theme import ACCENT, BAD, BG, CARD, FAINT, GOOD, LINE, MUTED, PANEL, TEXT, WARM, Color, category, heat, mix
+from .theme import (
+    ACCENT,
+    BAD,
+    BG,
+    CARD,
+    FAINT,
+    GOOD,
+    LINE,
+    MUTED,
+    PANEL,
+    TEXT,
+    WARM,
+    Color,
+    category,
+    heat,
+    mix,
+)
 
 Zone = tuple[pygame.Rect, Action]
 EDGE = 20
@@ -44,7 +60,9 @@ class _Flow:
         text = self.fonts.fit(value, 12, self.w - 2 * EDGE - used - 14, MONO, MEDIUM)
         self.c.text(text, (self.w - EDGE, self.y - 5), 12.5, color, MONO, MEDIUM, "rc")
 
-    def paragraph(self, text: str, color: Color = MUTED, kind: str = UI, px: float = 12.5, lines: int = 6) -> None:
+    def paragraph(
+        self, text: str, color: Color = MUTED, kind: str = UI, px: float = 12.5, lines: int = 6
+    ) -> None:
         for line in wrap(text, self.fonts, round(px), self.w - 2 * EDGE, kind)[:lines]:
             self.y += px * 1.5
             self.c.text(line, (EDGE, self.y - 3), px, color, kind, REGULAR)
@@ -97,7 +115,13 @@ class Inspector:
         self.content_height = 0
 
     def draw(
-        self, screen: pygame.Surface, rect: tuple[int, int, int, int], ui: UiState, scene: Scene | None, clock: float, map_height: int
+        self,
+        screen: pygame.Surface,
+        rect: tuple[int, int, int, int],
+        ui: UiState,
+        scene: Scene | None,
+        clock: float,
+        map_height: int,
     ) -> None:
         """Blit the panel into ``rect``, leaving ``map_height`` pixels at its foot for the minimap."""
         self.zones = []
@@ -119,7 +143,11 @@ class Inspector:
             len(s.wanted) if s else 0,
         )
         live = (s.revision if s else 0, id(ui.step))
-        if key != self._key or (live != getattr(self, "_live", None) and clock >= self._next) or self._picture is None:
+        if (
+            key != self._key
+            or (live != getattr(self, "_live", None) and clock >= self._next)
+            or self._picture is None
+        ):
             self._key, self._live, self._next = key, live, clock + 0.25
             self._picture = self._paint(rect[2], ui, scene, values)
         room = pygame.Rect(rect[0], rect[1], rect[2], max(10, rect[3] - map_height))
@@ -156,7 +184,9 @@ class Inspector:
     def _program(self, f: _Flow, ui: UiState, scene: Scene) -> None:
         facts = program_facts(scene, ui.step)
         f.y = 30
-        f.c.text(self.fonts.fit(facts.title, 18, f.w - 2 * EDGE, UI, BOLD), (EDGE, f.y), 19, TEXT, weight=BOLD)
+        f.c.text(
+            self.fonts.fit(facts.title, 18, f.w - 2 * EDGE, UI, BOLD), (EDGE, f.y), 19, TEXT, weight=BOLD
+        )
         f.y += 26
         f.c.text(facts.subtitle, (EDGE, f.y), 12.5, MUTED)
         f.y += 6
@@ -170,14 +200,22 @@ class Inspector:
             top = facts.hottest[0][2]
             for slot, name, seconds, share in facts.hottest:
                 f.y += 25
-                f.c.rect((EDGE, f.y + 4, (f.w - 2 * EDGE) * (seconds / top if top else 0), 2.4), heat(math.sqrt(share)), 1)
+                f.c.rect(
+                    (EDGE, f.y + 4, (f.w - 2 * EDGE) * (seconds / top if top else 0), 2.4),
+                    heat(math.sqrt(share)),
+                    1,
+                )
                 text = self.fonts.fit(name, 12, f.w - 2 * EDGE - 130, UI, MEDIUM)
                 f.c.text(text, (EDGE, f.y - 7), 12.5, TEXT)
-                f.c.text(facts.time_of(seconds, share), (f.w - EDGE, f.y - 7), 11.5, MUTED, MONO, REGULAR, "rc")
+                f.c.text(
+                    facts.time_of(seconds, share), (f.w - EDGE, f.y - 7), 11.5, MUTED, MONO, REGULAR, "rc"
+                )
                 f.zones.append((pygame.Rect(EDGE, f.y - 17, f.w - 2 * EDGE, 24), ("kernel", slot)))
                 f.y += 2
         f.heading("how to look")
-        f.paragraph("Click a card to inspect it, hover for its edges. Space plays the step, ? lists all keys.")
+        f.paragraph(
+            "Click a card to inspect it, hover for its edges. Space plays the step, ? lists all keys."
+        )
 
     # -- a card ------------------------------------------------------------------------------------------------------
     def _item(self, f: _Flow, ui: UiState, scene: Scene, facts: ItemFacts, values: NodeValues | None) -> None:
@@ -192,7 +230,9 @@ class Inspector:
         c.text(self.fonts.fit(facts.where, 12, f.w - 2 * EDGE), (EDGE, f.y), 12.5, MUTED)
         f.y += 24
         x = float(EDGE)
-        tags = [(item.category, category(item.category))] + [(t, ACCENT if i == 0 else category("activation")) for i, t in enumerate(facts.tags)]
+        tags = [(item.category, category(item.category))] + [
+            (t, ACCENT if i == 0 else category("activation")) for i, t in enumerate(facts.tags)
+        ]
         for text, color in tags:
             tw = self.fonts.width(text, 11, UI, SEMIBOLD) + 20
             if x + tw > f.w - EDGE:
@@ -204,7 +244,12 @@ class Inspector:
         if facts.meaning or facts.formula:
             f.paragraph(facts.meaning, mix(MUTED, TEXT, 0.45))
             if facts.formula:
-                f.code([(line, TEXT) for line in wrap(facts.formula, self.fonts, 11, f.w - 2 * EDGE - 20, MONO)[:4]])
+                f.code(
+                    [
+                        (line, TEXT)
+                        for line in wrap(facts.formula, self.fonts, 11, f.w - 2 * EDGE - 20, MONO)[:4]
+                    ]
+                )
         if facts.here:
             f.paragraph(facts.here, MUTED)
         f.heading("tensor")
@@ -261,7 +306,11 @@ class Inspector:
             color = category(facts.item.category)
             for j, b in enumerate(v.histogram):
                 h = 58 * math.log1p(b) / top
-                c.rect((EDGE + j * step, f.y + 58 - h, max(1.0, step - 2), h + 1), mix(CARD, color, 0.35 + 0.5 * h / 58), 2)
+                c.rect(
+                    (EDGE + j * step, f.y + 58 - h, max(1.0, step - 2), h + 1),
+                    mix(CARD, color, 0.35 + 0.5 * h / 58),
+                    2,
+                )
             f.y += 64
             c.rect((EDGE, f.y, f.w - 2 * EDGE, 1), LINE)
             f.y += 11
@@ -270,11 +319,19 @@ class Inspector:
             c.text(number_text(v.edges[1]), (f.w - EDGE, f.y), 10, FAINT, MONO, REGULAR, "rc")
             f.y += 4
         st = v.stats
-        f.row("min  /  max", f"{number_text(st.get('min', math.nan))} / {number_text(st.get('max', math.nan))}")
-        f.row("mean ± std", f"{number_text(st.get('mean', math.nan))} ± {number_text(st.get('std', math.nan))}")
+        f.row(
+            "min  /  max", f"{number_text(st.get('min', math.nan))} / {number_text(st.get('max', math.nan))}"
+        )
+        f.row(
+            "mean ± std", f"{number_text(st.get('mean', math.nan))} ± {number_text(st.get('std', math.nan))}"
+        )
         bad = st.get("nan", 0) + st.get("inf", 0)
         zero = 100 * st.get("zero", 0) / max(1, st.get("size", 1))
-        f.row("NaN / Inf / zero", f"{st.get('nan', 0):.0f} / {st.get('inf', 0):.0f} / {zero:.1f} %", BAD if bad else GOOD)
+        f.row(
+            "NaN / Inf / zero",
+            f"{st.get('nan', 0):.0f} / {st.get('inf', 0):.0f} / {zero:.1f} %",
+            BAD if bad else GOOD,
+        )
         if v.note:
             f.paragraph(v.note, FAINT, px=11.0)
         if v.image is not None:

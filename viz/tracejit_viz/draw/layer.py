@@ -22,6 +22,9 @@ from .text import BOLD, MONO, REGULAR, SEMIBOLD, UI, Fonts
 from .theme import BG, FAINT, GRID, LINE, MUTED, PANEL, STAVE, STAVE_TITLE, TEXT, category, heat, mix
 
 BAND = 192
+
+#: source picture, where to, which part: an entry of ``Surface.blits``.
+Stamp = tuple[pygame.Surface, tuple[int, int], tuple[int, int, int, int]]
 PENDING_ALPHA = 92  # how much of the finished picture a pending card shows, of 255
 
 
@@ -104,8 +107,8 @@ class GraphLayer:
         return (x - self.origin[0]) * self.zoom, (y - self.origin[1]) * self.zoom
 
     # -- stamps ------------------------------------------------------------------------------------------------------
-    def _stamps(self, items: np.ndarray, source: pygame.Surface) -> list[tuple]:  # type: ignore[type-arg]
-        out = []
+    def _stamps(self, items: np.ndarray, source: pygame.Surface) -> list[Stamp]:
+        out: list[Stamp] = []
         z = max(1.0, self.zoom)
         for i in items:
             for w in self._wires_of.get(int(i), ()):
@@ -154,7 +157,13 @@ class GraphLayer:
         lines = [(p - self.origin) * (self.zoom * k) for p in scene.polylines]
         boxes = (scene.wire_boxes - np.tile(self.origin, 2)) * self.zoom
         for w, wire in enumerate(scene.page.wires):
-            if not wire.cross and boxes[w, 2] > 0 and boxes[w, 0] < width and boxes[w, 3] > 0 and boxes[w, 1] < height:
+            if (
+                not wire.cross
+                and boxes[w, 2] > 0
+                and boxes[w, 0] < width
+                and boxes[w, 3] > 0
+                and boxes[w, 1] < height
+            ):
                 self._wires_of.setdefault(wire.source, []).append(w)
         yield True
         scratch = pygame.Surface((width * k, min(BAND, height) * k))
@@ -166,12 +175,16 @@ class GraphLayer:
             self._frames(band, top, tall)
             yield True
             near = np.flatnonzero(
-                (boxes[:, 3] >= top - 4) & (boxes[:, 1] <= top + tall + 4) & (boxes[:, 2] >= 0) & (boxes[:, 0] <= width)
+                (boxes[:, 3] >= top - 4)
+                & (boxes[:, 1] <= top + tall + 4)
+                & (boxes[:, 2] >= 0)
+                & (boxes[:, 0] <= width)
             )
-            cross = [w for w in near if scene.page.wires[w].cross]
-            inner = [w for w in near if not scene.page.wires[w].cross]
+            cross = [int(w) for w in near if scene.page.wires[w].cross]
+            inner = [int(w) for w in near if not scene.page.wires[w].cross]
             busy = len(scene.page.wires) ** 0.5
-            for count, w in enumerate(cross):
+            for count, wire_id in enumerate(cross):
+                w = wire_id
                 source = scene.items[scene.page.wires[w].source]
                 same = source.phase == scene.page.wires[w].phase != "optimizer"
                 faint = max(0.16, min(0.32, 7.0 / busy)) if same else max(0.05, min(0.17, 2.2 / busy))
@@ -182,7 +195,8 @@ class GraphLayer:
             target = (0, top, width, tall)
             self._reduce(band, self.dim.subsurface(target))
             yield True
-            for count, w in enumerate(inner):
+            for count, wire_id in enumerate(inner):
+                w = wire_id
                 item = scene.items[scene.page.wires[w].source]
                 ribbon(
                     band,
@@ -275,14 +289,18 @@ class GraphLayer:
                 tint = STAVE[cell.phase]
                 radius = int(12 * min(1.0, max(z, 0.35)) * k)
                 pygame.draw.rect(band, mix(PANEL, tint, 0.035), r, border_radius=radius)
-                pygame.draw.rect(band, mix(LINE, tint, 0.16), r, max(1, k // 2 if z < 0.3 else k), border_radius=radius)
+                pygame.draw.rect(
+                    band, mix(LINE, tint, 0.16), r, max(1, k // 2 if z < 0.3 else k), border_radius=radius
+                )
         for (phase, path), rect in sorted(page.groups.items(), key=lambda kv: len(kv[0][1])):
             r = box(rect)
             if r and r.h > 6 * k:
                 depth = min(4, len(path))
                 tint = STAVE[phase]
                 radius = int(9 * min(1.0, z) * k)
-                pygame.draw.rect(band, mix(mix(PANEL, TEXT, 0.012 * depth), tint, 0.045), r, border_radius=radius)
+                pygame.draw.rect(
+                    band, mix(mix(PANEL, TEXT, 0.012 * depth), tint, 0.045), r, border_radius=radius
+                )
                 pygame.draw.rect(band, mix(LINE, tint, 0.10), r, max(1, k // 2), border_radius=radius)
 
     def _thickness(self, node: int) -> float:
@@ -371,7 +389,10 @@ class GraphLayer:
             title = STAVE_TITLE[stave.phase]
             px = 10.5
             self._put(title, x - 12, y - 12, px, mix(BG, STAVE[stave.phase], 0.95), UI, BOLD, "lc")
-            n, seconds = counts.get((stave.phase, stave.system), 0), spent.get((stave.phase, stave.system), 0.0)
+            n, seconds = (
+                counts.get((stave.phase, stave.system), 0),
+                spent.get((stave.phase, stave.system), 0.0),
+            )
             note = f"{n} nodes"
             if stave.phase == "gradient":
                 note = f"flows right to left · {note}"
@@ -381,10 +402,27 @@ class GraphLayer:
             self._put(note, left, y - 12, px, FAINT, MONO, REGULAR, "lc")
         for title, (x, y, w, h) in page.spans:
             px_x, px_y = self.to_px(x + w / 2, y + h)
-            self._put(title, px_x, px_y - 9, min(13.0, max(9.0, head * z * 0.4)), mix(MUTED, TEXT, 0.2), UI, SEMIBOLD, "cc")
+            self._put(
+                title,
+                px_x,
+                px_y - 9,
+                min(13.0, max(9.0, head * z * 0.4)),
+                mix(MUTED, TEXT, 0.2),
+                UI,
+                SEMIBOLD,
+                "cc",
+            )
 
     def _put(
-        self, text: str, x: float, y: float, px: float, color: tuple[int, int, int], kind: str, weight: int, anchor: str
+        self,
+        text: str,
+        x: float,
+        y: float,
+        px: float,
+        color: tuple[int, int, int],
+        kind: str,
+        weight: int,
+        anchor: str,
     ) -> None:
         if not text or not (-400 < x < self.size[0] + 400 and -30 < y < self.size[1] + 30):
             return

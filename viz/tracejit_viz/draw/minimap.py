@@ -22,6 +22,7 @@ class Minimap:
         self._key: object = None
         self.rect = pygame.Rect(0, 0, 0, 0)
         self.k = 1.0
+        self._lit = np.zeros(0, bool)
 
     def height(self, width: int, scene: Scene | None) -> int:
         """Pixels the map wants at a width."""
@@ -29,7 +30,15 @@ class Minimap:
             return 0
         return int(min(210, max(60, (width - 2 * PAD) * scene.page.height / scene.page.width))) + 46
 
-    def draw(self, screen: pygame.Surface, area: pygame.Rect, scene: Scene, moment: Moment | None, camera: Camera, view: pygame.Rect) -> None:
+    def draw(
+        self,
+        screen: pygame.Surface,
+        area: pygame.Rect,
+        scene: Scene,
+        moment: Moment | None,
+        camera: Camera,
+        view: pygame.Rect,
+    ) -> None:
         """Draw into ``area`` (the foot of the side panel)."""
         w, h = scene.page.width, scene.page.height
         if w <= 0 or h <= 0 or area.h < 50:

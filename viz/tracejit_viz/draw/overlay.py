@@ -14,7 +14,7 @@ import pygame
 from ..camera import Camera
 from ..fold import Item
 from ..scene import DONE, Moment, Scene
-from .canvas import Sprites, glow_disc, glow_rect, ribbon
+from .canvas import Canvas, Sprites, glow_disc, glow_rect, ribbon
 from .cards import PLAIN_BELOW, corner_radius, paint_card, paint_label
 from .text import BOLD, MONO, Fonts
 from .theme import ACCENT, BAD, BG, TEXT, WARM, WHITE, Color, category, mix
@@ -30,7 +30,9 @@ class Overlay:
         self.fonts, self.sprites = fonts, sprites
         self._paths: dict[tuple[int, tuple[int, int]], tuple[np.ndarray, np.ndarray]] = {}
 
-    def _box(self, scene: Scene, item: int, camera: Camera, view: pygame.Rect) -> tuple[float, float, float, float]:
+    def _box(
+        self, scene: Scene, item: int, camera: Camera, view: pygame.Rect
+    ) -> tuple[float, float, float, float]:
         x, y, w, h = scene.rects[item]
         sx, sy = camera.to_view(x, y)
         return view.centerx + sx, view.centery + sy, w * camera.zoom, h * camera.zoom
@@ -64,9 +66,13 @@ class Overlay:
             base = category(scene.items[i].category)
             if n < MAX_GLOWS and w < 600:
                 for reach, strength in ((46 * camera.zoom + 6, 0.50 * pulse), (14 * camera.zoom + 3, 0.55)):
-                    g = glow_rect(max(2, int(w)), max(2, int(h)), int(reach), mix((0, 0, 0), base, round(strength, 1)))
+                    g = glow_rect(
+                        max(2, int(w)), max(2, int(h)), int(reach), mix((0, 0, 0), base, round(strength, 1))
+                    )
                     screen.blit(
-                        g, (round(x + w / 2 - g.get_width() / 2), round(y + h / 2 - g.get_height() / 2)), special_flags=pygame.BLEND_RGB_ADD
+                        g,
+                        (round(x + w / 2 - g.get_width() / 2), round(y + h / 2 - g.get_height() / 2)),
+                        special_flags=pygame.BLEND_RGB_ADD,
                     )
         for i, box in boxes:
             self._running_card(screen, scene, scene.items[i], box, camera.zoom)
@@ -76,16 +82,24 @@ class Overlay:
                 self._flag(screen, scene.items[item], box, f"{device}  {text}", view)
 
     def _running_card(
-        self, screen: pygame.Surface, scene: Scene, item: Item, box: tuple[float, float, float, float], zoom: float
+        self,
+        screen: pygame.Surface,
+        scene: Scene,
+        item: Item,
+        box: tuple[float, float, float, float],
+        zoom: float,
     ) -> None:
         x, y, w, h = box
         if h < PLAIN_BELOW:
-            screen.fill(mix(category(item.category), WHITE, 0.55), (round(x), round(y), max(2, round(w)), max(2, round(h))))
+            screen.fill(
+                mix(category(item.category), WHITE, 0.55),
+                (round(x), round(y), max(2, round(w)), max(2, round(h))),
+            )
             return
         pad = 6
         key = ("run", scene.version, item.index, round(zoom, 4), id(scene))
 
-        def paint(canvas) -> None:  # type: ignore[no-untyped-def]
+        def paint(canvas: Canvas) -> None:
             paint_card(canvas.surface, canvas.scale, (pad, pad, w, h), item, zoom, running=True)
 
         sprite = self.sprites.get(key, math.ceil(w + 2 * pad), math.ceil(h + 2 * pad), paint)
@@ -143,13 +157,24 @@ class Overlay:
                 if not view.collidepoint(px, py):
                     continue
                 r = max(1.5, (2.0 + j * 0.4) * min(1.4, camera.zoom))
-                g = glow_disc(max(4, int((9 + 3 * j) * min(1.4, max(0.5, camera.zoom)))), mix((0, 0, 0), base, 0.4))
-                screen.blit(g, (px - g.get_width() / 2, py - g.get_height() / 2), special_flags=pygame.BLEND_RGB_ADD)
+                g = glow_disc(
+                    max(4, int((9 + 3 * j) * min(1.4, max(0.5, camera.zoom)))), mix((0, 0, 0), base, 0.4)
+                )
+                screen.blit(
+                    g, (px - g.get_width() / 2, py - g.get_height() / 2), special_flags=pygame.BLEND_RGB_ADD
+                )
                 pygame.draw.circle(screen, mix(base, WHITE, 0.45), (px, py), r)
 
     # -- pointing ----------------------------------------------------------------------------------------------------
     def outline(
-        self, screen: pygame.Surface, scene: Scene, item: int, camera: Camera, view: pygame.Rect, color: Color, width: float = 1.6
+        self,
+        screen: pygame.Surface,
+        scene: Scene,
+        item: int,
+        camera: Camera,
+        view: pygame.Rect,
+        color: Color,
+        width: float = 1.6,
     ) -> None:
         """A frame around a card."""
         x, y, w, h = self._box(scene, item, camera, view)
@@ -182,13 +207,16 @@ class Overlay:
             tint = color or category(scene.items[a].category)
             ribbon(screen, line, mix(BG, tint, strength), max(1.2, 1.9 * camera.zoom))
 
-    def link(self, screen: pygame.Surface, scene: Scene, a: int, b: int, camera: Camera, view: pygame.Rect) -> None:
+    def link(
+        self, screen: pygame.Surface, scene: Scene, a: int, b: int, camera: Camera, view: pygame.Rect
+    ) -> None:
         """The dashed line between a node and its gradient."""
         xa, ya, wa, ha = self._box(scene, a, camera, view)
         xb, yb, wb, hb = self._box(scene, b, camera, view)
         bulge = max(30.0, min(74.0, 74 * camera.zoom)) + abs(xa + wa - xb - wb) * 0.12
         p0, p3 = np.array([xa + wa, ya + ha / 2]), np.array([xb + wb, yb + hb / 2])
-        p1, p2 = p0 + (bulge, 0), p3 + (bulge, 0)
+        reach = np.array([bulge, 0.0])
+        p1, p2 = p0 + reach, p3 + reach
         n = 24 + int(min(160, abs(p3[1] - p0[1]) / 6))
         t = np.linspace(0, 1, 2 * n)[:, None]
         u = 1 - t
@@ -196,17 +224,25 @@ class Overlay:
         at = np.concatenate([[0.0], np.cumsum(np.hypot(*np.diff(pts, axis=0).T))])
         for d in np.arange(0.0, at[-1], 9.0):
             f = np.array([d, d + 2.5, d + 5.0])
-            ribbon(screen, np.stack([np.interp(f, at, pts[:, 0]), np.interp(f, at, pts[:, 1])], 1), ACCENT, 1.8)
+            ribbon(
+                screen, np.stack([np.interp(f, at, pts[:, 0]), np.interp(f, at, pts[:, 1])], 1), ACCENT, 1.8
+            )
 
-    def alarm(self, screen: pygame.Surface, scene: Scene, item: int, camera: Camera, view: pygame.Rect, clock: float) -> None:
+    def alarm(
+        self, screen: pygame.Surface, scene: Scene, item: int, camera: Camera, view: pygame.Rect, clock: float
+    ) -> None:
         """A pulsing red frame: the first non-finite value."""
         x, y, w, h = self._box(scene, item, camera, view)
         if not self._seen((x - 60, y - 60, w + 120, h + 120), view):
             return
         k = 0.45 + 0.35 * (0.5 + 0.5 * math.sin(clock * 5.0))
-        g = glow_rect(max(2, int(w)), max(2, int(h)), int(30 + 30 * camera.zoom), mix((0, 0, 0), BAD, round(k, 1)))
+        g = glow_rect(
+            max(2, int(w)), max(2, int(h)), int(30 + 30 * camera.zoom), mix((0, 0, 0), BAD, round(k, 1))
+        )
         screen.blit(
-            g, (round(x + w / 2 - g.get_width() / 2), round(y + h / 2 - g.get_height() / 2)), special_flags=pygame.BLEND_RGB_ADD
+            g,
+            (round(x + w / 2 - g.get_width() / 2), round(y + h / 2 - g.get_height() / 2)),
+            special_flags=pygame.BLEND_RGB_ADD,
         )
         self.outline(screen, scene, item, camera, view, BAD, 2.2)
         tag = self.fonts.render("first NaN / Inf", 11, WHITE, MONO, BOLD)
@@ -215,7 +251,16 @@ class Overlay:
         screen.blit(pill, at)
         screen.blit(tag, (at[0] + 9, at[1] + 11 - tag.get_height() // 2))
 
-    def badge(self, screen: pygame.Surface, scene: Scene, item: int, text: str, camera: Camera, view: pygame.Rect, color: Color = WARM) -> None:
+    def badge(
+        self,
+        screen: pygame.Surface,
+        scene: Scene,
+        item: int,
+        text: str,
+        camera: Camera,
+        view: pygame.Rect,
+        color: Color = WARM,
+    ) -> None:
         """A small numbered tag on a card (kernel overlay, path ends)."""
         x, y, w, _ = self._box(scene, item, camera, view)
         label = self.fonts.render(text, 10, BG, MONO, BOLD)

@@ -53,7 +53,9 @@ class Sheets:
         screen.blit(self._legend, rect[:2])
 
     # -- hover card --------------------------------------------------------------------------------------------------
-    def hover(self, screen: pygame.Surface, scene: Scene, item: int, mouse: tuple[int, int], view: pygame.Rect) -> None:
+    def hover(
+        self, screen: pygame.Surface, scene: Scene, item: int, mouse: tuple[int, int], view: pygame.Rect
+    ) -> None:
         """Op, shape, dtype, exact constants, formula, meaning and source line beside the pointer."""
         key = (id(scene), scene.version, item, scene.session.revision // 30)
         if key != self._hover_key or self._hover is None:
@@ -78,7 +80,15 @@ class Sheets:
         root = scene.model.nodes[node.constant] if node.constant is not None else node
         if root.op == "const" and "value" in root.attrs:
             value = root.attrs["value"]
-            lines.append((f"= {value_text(value, 20)}  {exact_bits(value, node.dtype)}".rstrip(), 12, category("constant"), MONO, MEDIUM))
+            lines.append(
+                (
+                    f"= {value_text(value, 20)}  {exact_bits(value, node.dtype)}".rstrip(),
+                    12,
+                    category("constant"),
+                    MONO,
+                    MEDIUM,
+                )
+            )
         elif node.name:
             lines.append((node.name, 12, category(node.category), MONO, REGULAR))
         if entry.get("formula"):
@@ -96,7 +106,10 @@ class Sheets:
         note = time_text(t.mean) if t else ""
         if note:
             title_w += self.fonts.width(note, 12, MONO, MEDIUM) + 20
-        lines = [(self.fonts.fit(s, px, 360, kind, weight), px, color, kind, weight) for s, px, color, kind, weight in lines]
+        lines = [
+            (self.fonts.fit(s, px, 360, kind, weight), px, color, kind, weight)
+            for s, px, color, kind, weight in lines
+        ]
         w = max([title_w, *(self.fonts.width(s, px, kind, weight) for s, px, _, kind, weight in lines)]) + 28
         h = 38 + 18 * len(lines) + 8
         c = Canvas(int(w), int(h), self.fonts, background=None)
@@ -184,7 +197,9 @@ def code_color(line: str) -> tuple[int, int, int]:
     text = line.strip()
     if text.startswith((";", "//")):
         return FAINT
-    if text.endswith(":") or text.startswith(("@", "define", "fn ", "declare", "attributes", "struct", "def ")):
+    if text.endswith(":") or text.startswith(
+        ("@", "define", "fn ", "declare", "attributes", "struct", "def ")
+    ):
         return category("contraction")
     if text.startswith(("br ", "ret ", "for ", "if ", "else", "return", "loop", "var", "let", "store")):
         return category("activation")

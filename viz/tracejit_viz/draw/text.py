@@ -109,7 +109,9 @@ class Fonts:
                 hi = mid - 1
         return text[:lo].rstrip() + "…" if lo else ""
 
-    def render(self, text: str, px: int, color: Color = TEXT, kind: str = UI, weight: int = MEDIUM) -> pygame.Surface:
+    def render(
+        self, text: str, px: int, color: Color = TEXT, kind: str = UI, weight: int = MEDIUM
+    ) -> pygame.Surface:
         """A transparent surface with the text; the same object as long as it stays in the cache."""
         px = max(5, int(px))
         key = (text, kind, weight, px, color)

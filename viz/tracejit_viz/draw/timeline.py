@@ -30,6 +30,7 @@ class Timeline:
         self._future: pygame.Surface | None = None
         self.rect = pygame.Rect(0, 0, 0, 0)
         self.span = 1.0
+        self._lane_rows: dict[int, int] = {}
 
     def x_of(self, t: float) -> float:
         """Pixel (within the window) of a time in ns."""
@@ -39,7 +40,9 @@ class Timeline:
         """Time in ns of a pixel."""
         return min(1.0, max(0.0, (x - self.rect.x - LEFT) / max(1, self.rect.w - LEFT - RIGHT))) * self.span
 
-    def draw(self, screen: pygame.Surface, rect: tuple[int, int, int, int], ui: UiState, clock: float) -> None:
+    def draw(
+        self, screen: pygame.Surface, rect: tuple[int, int, int, int], ui: UiState, clock: float
+    ) -> None:
         """Blit the strip with the playhead at ``ui.t``."""
         self.rect = pygame.Rect(rect)
         if rect[3] <= 0:
@@ -83,7 +86,11 @@ class Timeline:
     def _empty(self, rect: tuple[int, int, int, int], s: Session | None) -> pygame.Surface:
         c = Canvas(rect[2], rect[3], self.fonts, background=PANEL)
         c.rect((0, 0, rect[2], 1), LINE)
-        text = "waiting for the first step" if s is not None and s.kernels else "a static graph: no step was recorded"
+        text = (
+            "waiting for the first step"
+            if s is not None and s.kernels
+            else "a static graph: no step was recorded"
+        )
         c.text(text, (rect[2] / 2, rect[3] / 2), 13, FAINT, anchor="cc")
         return c.finish()
 
@@ -102,7 +109,13 @@ class Timeline:
         self._axis(c, w, h)
         for lane in lanes[:3]:
             name = s.device if len(lanes) == 1 else f"{s.device} · {lane}"
-            c.text(self.fonts.fit(name, 11, LEFT - 22, UI, SEMIBOLD), (18, self._lane_y(lane) + 10), 11.5, MUTED, weight=SEMIBOLD)
+            c.text(
+                self.fonts.fit(name, 11, LEFT - 22, UI, SEMIBOLD),
+                (18, self._lane_y(lane) + 10),
+                11.5,
+                MUTED,
+                weight=SEMIBOLD,
+            )
         self._bars(c, s, step, past, base)
         if small:
             return c.finish()
@@ -146,7 +159,13 @@ class Timeline:
             if width > 44:
                 text = self.fonts.fit(kernel_label(s, slot), 10, width - 8, UI, SEMIBOLD)
                 if len(text) > 2:
-                    c.text(text, (x0 + 5, y + 10), 10, mix(fill, (8, 10, 14), 0.86) if past else FAINT, weight=SEMIBOLD)
+                    c.text(
+                        text,
+                        (x0 + 5, y + 10),
+                        10,
+                        mix(fill, (8, 10, 14), 0.86) if past else FAINT,
+                        weight=SEMIBOLD,
+                    )
 
     def _memory(self, c: Canvas, step: Step, past: bool, base: int, top: float, bottom: float) -> None:
         c.text("memory", (18, (top + bottom) / 2 + 4), 11.5, MUTED, weight=SEMIBOLD)
@@ -176,8 +195,6 @@ class Timeline:
         half = self.fonts.width(text, 10, MONO, REGULAR) / 2
         at = min(max(at, LEFT + half), c.w - RIGHT - half)
         c.text(text, (at, bottom - room - 8), 10, CATEGORY["norm"], MONO, REGULAR, "cc")
-
-    _lane_rows: dict[int, int] = {}
 
 
 def _tick_text(value: float, tick: float) -> str:

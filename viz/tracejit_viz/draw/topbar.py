@@ -26,7 +26,9 @@ class TopBar:
         self._picture: pygame.Surface | None = None
         self.slider = pygame.Rect(0, 0, 0, 0)
 
-    def draw(self, screen: pygame.Surface, rect: tuple[int, int, int, int], ui: UiState, clock: float) -> None:
+    def draw(
+        self, screen: pygame.Surface, rect: tuple[int, int, int, int], ui: UiState, clock: float
+    ) -> None:
         """Blit the bar, redrawing it when something it shows changed."""
         if rect[3] <= 0:
             self.zones = []
@@ -139,11 +141,15 @@ class TopBar:
         top = h / 2 - 15
         c.rect((x, top, 258, 30), CARD, 8)
         c.rect((x, top, 258, 30), LINE, 8, 1)
-        for j, (name, text) in enumerate((("forward", "Forward"), ("gradient", "Gradient"), ("both", "Both"))):
+        for j, (name, text) in enumerate(
+            (("forward", "Forward"), ("gradient", "Gradient"), ("both", "Both"))
+        ):
             on = ui.show == name
             if on:
                 c.rect((x + j * 86 + 3, top + 3, 80, 24), mix(CARD, ACCENT, 0.24), 6)
-            c.text(text, (x + j * 86 + 43, h / 2), 12.5, ACCENT if on else MUTED, weight=SEMIBOLD, anchor="cc")
+            c.text(
+                text, (x + j * 86 + 43, h / 2), 12.5, ACCENT if on else MUTED, weight=SEMIBOLD, anchor="cc"
+            )
             self.zones.append((pygame.Rect(x + j * 86, top, 86, 30), ("show", name)))
 
     def _speed(self, c: Canvas, x: float, mid: float, ui: UiState) -> float:
@@ -175,7 +181,9 @@ class TopBar:
             tw = c.text(text, (x + 32, mid), 12.5, TEXT)
             if ui.typing and int(clock * 2) % 2:
                 c.rect((x + 33 + (tw if text else 0), mid - 8, 1.4, 16), ACCENT)
-            c.text(note, (x + w - 10, mid), 11, MUTED if ui.matches else CATEGORY["loss"], MONO, REGULAR, "rc")
+            c.text(
+                note, (x + w - 10, mid), 11, MUTED if ui.matches else CATEGORY["loss"], MONO, REGULAR, "rc"
+            )
         else:
             c.text(self.fonts.fit("Search op, scope, shape…", 12, w - 66), (x + 32, mid), 12.5, FAINT)
             c.rect((x + w - 30, mid - 9, 20, 18), LINE, 4)
@@ -196,7 +204,9 @@ class TopBar:
             entries.append(("step", count_text(step.step), 14))
             entries.append(("step time", time_text(step.duration * 1e-9), 14))
         if s.rate > 0:
-            entries.append(("steps/s", f"{s.rate:,.0f}".replace(",", " ") if s.rate >= 100 else f"{s.rate:.3g}", 14))
+            entries.append(
+                ("steps/s", f"{s.rate:,.0f}".replace(",", " ") if s.rate >= 100 else f"{s.rate:.3g}", 14)
+            )
         widths = [max(84.0, self.fonts.width(value, px, MONO, BOLD) + 26.0) for _, value, px in entries]
         while entries and w - 6 - sum(widths) < left + 190:  # the least important goes first
             entries.pop()

@@ -93,7 +93,14 @@ class Window:
             self.sheets.code(screen, ui)
 
     def _graph(
-        self, screen: pygame.Surface, ui: UiState, scene: Scene, camera: Camera, clock: float, view: pygame.Rect, budget: float
+        self,
+        screen: pygame.Surface,
+        ui: UiState,
+        scene: Scene,
+        camera: Camera,
+        clock: float,
+        view: pygame.Rect,
+        budget: float,
     ) -> None:
         if self.graph is None or self.graph.scene is not scene:
             self.graph = GraphView(scene, self.fonts, view)
@@ -131,7 +138,16 @@ class Window:
                 if j in scene.page.items:
                     o.link(screen, scene, ui.selected, j, camera, view)
         if self.moment is not None and lit is None and len(self.moment.active):
-            o.running(screen, scene, self.moment, camera, view, clock, ui.session.device if ui.session else "", self._flags(ui, scene))
+            o.running(
+                screen,
+                scene,
+                self.moment,
+                camera,
+                view,
+                clock,
+                ui.session.device if ui.session else "",
+                self._flags(ui, scene),
+            )
         if ui.selected is not None and ui.selected in scene.page.items:
             o.outline(screen, scene, ui.selected, camera, view, ACCENT, 1.8)
         if ui.second is not None and ui.second in scene.page.items:
@@ -139,9 +155,9 @@ class Window:
         if ui.query and ui.matches:
             o.outline(screen, scene, ui.matches[ui.match % len(ui.matches)], camera, view, WHITE, 1.8)
         if ui.step is not None and ui.step.nan_node is not None:
-            i = scene.item_of(ui.step.nan_node)
-            if i is not None:
-                o.alarm(screen, scene, i, camera, view, clock)
+            bad = scene.item_of(ui.step.nan_node)
+            if bad is not None:
+                o.alarm(screen, scene, bad, camera, view, clock)
         screen.set_clip(None)
 
     def _highlight(self, ui: UiState, scene: Scene) -> list[int] | None:

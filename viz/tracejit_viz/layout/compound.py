@@ -257,7 +257,9 @@ def _layout_level(
     direction = TOP_DOWN
     if n > 2:
         upright = math.log(max(1.0, plan.width) / max(1.0, plan.height) / aspect)
-        if upright < -0.35:  # much taller than wanted: a chain that would hang far down may lie better on its side
+        if (
+            upright < -0.35
+        ):  # much taller than wanted: a chain that would hang far down may lie better on its side
             other = run(True)
             lying = math.log(max(1.0, other.height) / max(1.0, other.width) / aspect)
             if abs(lying) + 0.15 < abs(upright):
@@ -406,7 +408,9 @@ def _place(
         if isinstance(child, Group):
             assert sub is not None
             out.groups[child.path] = (x + ox, y + oy, sub.width, sub.height)
-            _place(child, sub, x + ox, y + oy, _turned(sub.direction, solved.direction), sizes, out, wire_index)
+            _place(
+                child, sub, x + ox, y + oy, _turned(sub.direction, solved.direction), sizes, out, wire_index
+            )
         else:
             w, h = sizes[child]
             out.items[child] = (x + ox, y + oy, w, h)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 Edge = tuple[int, int]
 DUMMY_WIDTH = 6.0
@@ -317,7 +318,7 @@ def _compact(
     succ: dict[int, dict[int, float]] = {}
     pred: dict[int, dict[int, float]] = {}
     for row in rows:
-        for a, b in zip(row, row[1:]):
+        for a, b in pairwise(row):
             x, y = root[a], root[b]
             sep = (width[a] + width[b]) / 2 + (gap if a < n_real and b < n_real else half_gap)
             s = succ.setdefault(x, {})
@@ -399,7 +400,9 @@ def layered(
     depth = max(full_rank) + 1
     layers: list[list[int]] = [[] for _ in range(depth)]
     seen = bytearray(total)
-    for top in sorted(range(total), key=lambda v: -full_rank[v]):  # depth first from the sinks keeps chains together
+    for top in sorted(
+        range(total), key=lambda v: -full_rank[v]
+    ):  # depth first from the sinks keeps chains together
         stack = [top]
         while stack:
             v = stack.pop()
@@ -431,6 +434,6 @@ def layered(
         reverse = (s, d) in back
         pts = [(x[k], y[k]) for k in chain[(d, s) if reverse else (s, d)]]
         bends[s, d] = pts[::-1] if reverse else pts
-    w = max(x[v] + width[v] / 2 for v in range(total))
-    h = max(y[v] + heights[v] / 2 for v in range(n))
-    return Layering(x[:n], y[:n], bends, w, math.ceil(h), rank, crossings)
+    full_width = max(x[v] + width[v] / 2 for v in range(total))
+    full_height = max(y[v] + heights[v] / 2 for v in range(n))
+    return Layering(x[:n], y[:n], bends, full_width, math.ceil(full_height), rank, crossings)

@@ -14,35 +14,51 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from .compound import CompoundLayout, LayoutCache, Waypoint, compound
+from .pack import CELL_PAD, COLUMN_GAP, STACK_GAP, STAVE_GAP, SYSTEM_GAP, Stack, pack
 
 Path = tuple[str, ...]
 Rect = tuple[float, float, float, float]
 
 STAVES = ("forward", "gradient", "optimizer")
-CELL_PAD = 16.0
-COLUMN_GAP = 32.0
-STACK_GAP = 18.0
-STAVE_GAP = 54.0
-SYSTEM_GAP = 96.0
 
 
 class Card(Protocol):
     """What the page needs to know of an item."""
 
     @property
-    def index(self) -> int: ...
+    def index(self) -> int:
+        """Its number."""
+        ...
+
     @property
-    def phase(self) -> str: ...
+    def phase(self) -> str:
+        """The stave it belongs to."""
+        ...
+
     @property
-    def path(self) -> Path: ...
+    def path(self) -> Path:
+        """Scopes it is drawn inside."""
+        ...
+
     @property
-    def group(self) -> Path: ...
+    def group(self) -> Path:
+        """The scope it stands for, when it is a collapsed one."""
+        ...
+
     @property
-    def width(self) -> float: ...
+    def width(self) -> float:
+        """Page units."""
+        ...
+
     @property
-    def height(self) -> float: ...
+    def height(self) -> float:
+        """Page units."""
+        ...
+
     @property
-    def order(self) -> int: ...
+    def order(self) -> int:
+        """Position in execution order."""
+        ...
 
 
 @dataclass(slots=True)
@@ -127,7 +143,9 @@ def choose_columns(paths: Sequence[Path], enough: int = 4, share: float = 0.5) -
     return columns
 
 
-def _assign_columns(cards: Sequence[Card], edges: Sequence[tuple[int, int]]) -> tuple[dict[int, Path], list[Path]]:
+def _assign_columns(
+    cards: Sequence[Card], edges: Sequence[tuple[int, int]]
+) -> tuple[dict[int, Path], list[Path]]:
     main = [c for c in cards if c.phase != "optimizer"]
     columns = choose_columns([c.group or c.path for c in main])
     known = set(columns)
@@ -194,13 +212,6 @@ def _keep_families_together(columns: list[Path]) -> list[Path]:
     return [c for members in families.values() for c in members]
 
 
-@dataclass(slots=True)
-class _Stack:
-    columns: list[Path]
-    width: float
-    heights: dict[str, float]
-
-
 def layout_page(
     cards: Sequence[Card],
     edges: Sequence[tuple[int, int]],
@@ -256,7 +267,7 @@ class _Plan:
 
     solved: dict[tuple[Path, str], CompoundLayout]
     used: list[str]
-    systems: list[list[_Stack]]
+    systems: list[list[Stack]]
     scale: float
     head: float
     stave_gap: float
@@ -276,10 +287,14 @@ def _plan(
     for key, group in members.items():
         column, phase = key
         if phase != "optimizer":
-            scopes = {c.index: (c.path[len(column) :] if c.path[: len(column)] == column else ()) for c in group}
+            scopes = {
+                c.index: (c.path[len(column) :] if c.path[: len(column)] == column else ()) for c in group
+            }
             sizes = {c.index: (c.width, c.height) for c in group}
             edges = inner.get(key, [])
-            solved[key] = compound(scopes, sizes, edges, cache=cache, mirrored=phase == "gradient", aspect=aspect)
+            solved[key] = compound(
+                scopes, sizes, edges, cache=cache, mirrored=phase == "gradient", aspect=aspect
+            )
     for key, group in members.items():
         column, phase = key
         if phase == "optimizer":
@@ -288,10 +303,10 @@ def _plan(
     used = [p for p in STAVES if any(k[1] == p for k in solved)]
     columns = [c for c in columns if any((c, p) in solved for p in used)]
     page.head, page.stave_gap = 28.0, STAVE_GAP
-    systems: list[list[_Stack]] = []
+    systems: list[list[Stack]] = []
     scale = 1.0
     for _ in range(3):  # titles keep their size on the screen, so their room grows as the page is scaled down
-        systems, scale = _pack(columns, solved, used, page, view)
+        systems, scale = pack(columns, solved, used, page.head, page.stave_gap, view)
         head, gap = page.head, page.stave_gap
         page.head = min(170.0, max(28.0, 20.0 / max(scale, 1e-6)))
         page.stave_gap = min(330.0, max(STAVE_GAP, 34.0 / max(scale, 1e-6)))
@@ -342,10 +357,10 @@ def _shelf(
         if x and x + p.width > limit:
             x, y, row = 0.0, y + row + gap, 0.0
         base = len(out.wires)
-        for i, (a, b, w, h) in p.items.items():
-            out.items[i] = (a + x, b + y, w, h)
-        for g, (a, b, w, h) in p.groups.items():
-            out.groups[g] = (a + x, b + y, w, h)
+        for i, (px, py, w, h) in p.items.items():
+            out.items[i] = (px + x, py + y, w, h)
+        for g, (px, py, w, h) in p.groups.items():
+            out.groups[g] = (px + x, py + y, w, h)
         for wire in p.wires:
             wire.points = [(a + x, b + y, tx, ty) for a, b, tx, ty in wire.points]
             out.wires.append(wire)
@@ -359,74 +374,9 @@ def _shelf(
     return out
 
 
-def _pack(
-    columns: list[Path],
-    solved: dict[tuple[Path, str], CompoundLayout],
-    used: list[str],
-    page: Page,
-    view: tuple[float, float],
-) -> tuple[list[list[_Stack]], float]:
-    """Stack small neighbours and wrap into systems so that the page, scaled to the view, is as large as possible."""
-
-    head = page.head
-
-    def cell_height(c: Path, p: str) -> float:
-        cell = solved.get((c, p))
-        return cell.height + head + CELL_PAD if cell else 0.0
-
-    def cell_width(c: Path) -> float:
-        widest = max(solved[c, p].width for p in used if (c, p) in solved)
-        return max(widest, len(" / ".join(c[1:] or c)) * head * 0.26) + 2 * CELL_PAD
-
-    tall = {p: [cell_height(c, p) for c in columns] for p in used}
-    heights = sorted({round(h) for p in used for h in tall[p] if h})
-    top = {p: max(tall[p], default=0.0) for p in used}
-    best: tuple[float, list[list[_Stack]]] | None = None
-    factors = [1.0, 1.15, 1.35, 1.6, 2.0, 2.5, 3.2] if len(heights) > 1 or len(columns) > 3 else [1.0, 2.0]
-    for factor in factors:
-        stacks: list[_Stack] = []
-        for c in columns:
-            need = {p: cell_height(c, p) for p in used}
-            last = stacks[-1] if stacks else None
-            same = last is not None and (last.columns[-1][:1] == c[:1] if len(c) > 1 else len(last.columns[-1]) == 1)
-            if last is not None and same:
-                grown = {p: last.heights[p] + (STACK_GAP if last.heights[p] and need[p] else 0) + need[p] for p in used}
-                if all(grown[p] <= top[p] * factor + 1e-6 for p in used):
-                    last.columns.append(c)
-                    last.width = max(last.width, cell_width(c))
-                    last.heights = grown
-                    continue
-            stacks.append(_Stack([c], cell_width(c), need))
-        for rows in range(1, min(7, len(stacks)) + 1):
-            systems = _break(stacks, rows)
-            w = max(sum(s.width for s in sys) + COLUMN_GAP * (len(sys) - 1) for sys in systems)
-            h = sum(sum(max(s.heights[p] for s in sys) for p in used) + page.stave_gap * len(used) for sys in systems)
-            h += SYSTEM_GAP * (len(systems) - 1)
-            scale = min(view[0] / (w + 60), view[1] / (h + 60)) * (0.93 ** (len(systems) - 1))
-            if best is None or scale > best[0] * 1.02:
-                best = (scale, systems)
-    assert best is not None
-    return best[1], best[0]
-
-
-def _break(stacks: list[_Stack], rows: int) -> list[list[_Stack]]:
-    """Cut a list of stacks into rows of about equal width, keeping the order."""
-    total = sum(s.width + COLUMN_GAP for s in stacks)
-    out: list[list[_Stack]] = [[]]
-    used = 0.0
-    for s in stacks:
-        middle = used + (s.width + COLUMN_GAP) / 2
-        row = min(rows - 1, int(middle / total * rows))
-        while len(out) <= row:
-            out.append([])
-        out[row].append(s)
-        used += s.width + COLUMN_GAP
-    return [r for r in out if r]
-
-
 def _place_systems(
     page: Page,
-    systems: list[list[_Stack]],
+    systems: list[list[Stack]],
     solved: dict[tuple[Path, str], CompoundLayout],
     members: dict[tuple[Path, str], list[Card]],
     used: list[str],
@@ -435,7 +385,9 @@ def _place_systems(
 ) -> None:
     page.width = max(sum(s.width for s in sys) + COLUMN_GAP * (len(sys) - 1) for sys in systems)
     head = page.head
-    tall = sum(sum(max(s.heights[p] for s in sys) for p in used) + page.stave_gap * len(used) for sys in systems)
+    tall = sum(
+        sum(max(s.heights[p] for s in sys) for p in used) + page.stave_gap * len(used) for sys in systems
+    )
     tall += SYSTEM_GAP * (len(systems) - 1)
     wanted = tall * view[0] / max(1.0, view[1])  # stretch, within reason, to the shape of the window
     grow = 1.0
@@ -468,7 +420,9 @@ def _place_systems(
                     cy = y
                     for c in present:
                         h = solved[c, phase].height + head + CELL_PAD + extra
-                        _place_cell(page, c, phase, (x, cy, width, h), solved[c, phase], members[c, phase], titles)
+                        _place_cell(
+                            page, c, phase, (x, cy, width, h), solved[c, phase], members[c, phase], titles
+                        )
                         cy += h + STACK_GAP
                 x += width + COLUMN_GAP
             page.staves.append(Stave(phase, number, (0.0, y, x - COLUMN_GAP, band)))
@@ -481,7 +435,7 @@ def _place_systems(
     page.height = y - SYSTEM_GAP
 
 
-def _spans(system: list[_Stack]) -> list[tuple[str, int, int]]:
+def _spans(system: list[Stack]) -> list[tuple[str, int, int]]:
     """Runs of stacks of one opened top scope, to be bracketed with its name."""
     out: list[tuple[str, int, int]] = []
     for k, s in enumerate(system):
@@ -511,7 +465,9 @@ def _place_cell(
     page.cells.append(Cell(column, phase, title, rect, [c.index for c in cards]))
     for i, (a, b, iw, ih) in cell.items.items():
         page.items[i] = (a + ox, b + oy, iw, ih)
-    above = () if phase == "optimizer" else column  # update scopes are named after parameters, not after columns
+    above = (
+        () if phase == "optimizer" else column
+    )  # update scopes are named after parameters, not after columns
     for g, (a, b, gw, gh) in cell.groups.items():
         page.groups[phase, (*above, *g)] = (a + ox, b + oy, gw, gh)
     for g, d in cell.directions.items():
