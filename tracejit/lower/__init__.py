@@ -8,6 +8,7 @@ schedule, memory.
 from __future__ import annotations
 
 import gc
+from dataclasses import replace
 
 from tracejit.graph import Graph
 from tracejit.lower import budget, memory, schedule
@@ -23,6 +24,9 @@ _ATTEMPTS = 64
 
 def lower(graph: Graph, capabilities: Capabilities) -> Program:
     """The program of ``graph`` for a backend with the given capabilities. Every graph lowers."""
+    if any(n.op.name == "barrier" for n in graph.nodes):
+        # tj.checkpoint: memory matters more than speed, and products computed in one go need all their operands at once.
+        capabilities = replace(capabilities, batch_contracts=1)
     forced: frozenset[int] = frozenset()
     collecting = gc.isenabled()
     gc.disable()  # nothing here is garbage before the end; collections would cost a third of the time

@@ -228,6 +228,9 @@ class Fusion:
         if v.kind == VIEW:
             return True
         for c in regions:
+            if self.caps.max_buffers is not None and v.leaves is not None and len(v.leaves) > 1 and v.size > _SMALL:
+                if self.bound(touched(c, v) | v.leaves) > self.caps.max_buffers - (c.contract is not None) * 2:
+                    return False
             maps = v.maps[c]
             if len(maps) > 1 and (len(maps) > _MAX_MAPS or v.cost * (len(maps) - 1) > 4 * limit):
                 return False
@@ -246,6 +249,13 @@ class Fusion:
             if not (v.cost <= limit and extra <= 1.25 * v.nbytes) and not (extra == 0 and v.cost <= FREE_FACTOR * limit):
                 failing += 1
         return failing <= 1
+
+    def bound(self, values: set[Value] | frozenset[Value]) -> int:
+        """Buffers that a kernel touching ``values`` binds, as far as can be told before memory is planned."""
+        if self.caps.separate_outputs:
+            return len(values)
+        fixed = sum(1 for x in values if x.kind == LEAF or x.required)
+        return fixed + (fixed < len(values))
 
     def pending(self, c: Cluster, v: Value, leaf: Value) -> bool:
         """True if ``c`` reads ``leaf`` whatever happens to ``v``: something else in it, not made from ``v``, needs it."""
@@ -307,6 +317,9 @@ class Fusion:
             (m,) = maps
             if m[1] or m[2] or not self.fits(c, v, m):
                 continue
+            if self.caps.max_buffers is not None and v.size > _SMALL and v.kind not in (DOT, OP):
+                if self.bound(touched(c, v) | {v} | (v.leaves or set())) > self.caps.max_buffers:
+                    continue
             if any(r is not c and r.owner is c for r in v.maps) or any(k.desc & c.bit for k in v.consumers if k is not c):
                 continue
             if len(c.members) <= _MAX_MEMBERS:
@@ -345,7 +358,9 @@ class Fusion:
         if v.kind in (DOT, OP):
             allowed = self.caps.contract_epilogue if v.kind == DOT else self.caps.conv_epilogue
             limit = self.caps.epilogue_buffers
-            if limit is not None and touched(c, v) > limit:
+            if limit is not None and len(touched(c, v)) > limit:
+                return False
+            if self.caps.max_buffers is not None and self.bound(touched(c, v)) + 2 > self.caps.max_buffers:
                 return False
             return allowed and everywhere and c.red is None and c.contract is None
         if everywhere:
@@ -521,8 +536,8 @@ def inner_rows(c: Cluster, m: Map) -> bool:
     return last is not None and min(last[1], key=lambda t: t[1])[0] in (c.red or ())
 
 
-def touched(c: Cluster, v: Value) -> int:
-    """How many values in memory the loop ``c`` behind product ``v`` reads and writes, as far as can be told now."""
+def touched(c: Cluster, v: Value) -> set[Value]:
+    """The values in memory that ``c`` reads and writes apart from ``v``, as far as can be told when ``v`` is visited."""
     seen: set[Value] = set()
     for x in c.reads:
         if x is v:
@@ -534,4 +549,5 @@ def touched(c: Cluster, v: Value) -> int:
             seen |= x.leaves
         else:
             seen.add(x)
-    return len(seen)
+    seen.discard(v)
+    return seen

@@ -121,18 +121,22 @@ def same_addresses(body: LoopBody, source: int, out: int) -> bool:
     (r,), (w,) = reads, writes
     if r.strides != w.strides or r.offset != w.offset:
         return False
-    level: dict[int, int] = {}
-    stored = loaded = 0
+    # A sweep after the one that overwrites must not need the operand again: backends recompute across sweeps.
+    level = [0] * len(body.instrs)
+    derived = [False] * len(body.instrs)
+    reduced = set(body.reduce_axes)
+    stored = latest = 0
     for n, i in enumerate(body.instrs):
-        level[n] = max((level[a] for a in i.args), default=0) + (1 if i.op == "reduce" else 0)
-        if i.op == "load" and i.attrs["access"].buffer == source and ("gather" in i.attrs or "predicate" in i.attrs):
+        level[n] = max((level[a] for a in i.args), default=0) + (i.op == "reduce")
+        mine = i.op == "load" and i.attrs["access"].buffer == source
+        if mine and ("gather" in i.attrs or "predicate" in i.attrs):
             return False
-        if i.op == "store":
-            loaded = max(loaded, level[n])
-            if i.attrs["access"].buffer == out:
-                stored = level[n]
-    # A sweep before the last may recompute from the operand later on: only the last sweep may overwrite.
-    return stored == loaded
+        derived[n] = mine or any(derived[a] for a in i.args)
+        if derived[n] and reduced & set(i.axes):
+            latest = max(latest, level[n])
+        if i.op == "store" and i.attrs["access"].buffer == out:
+            stored = level[n]
+    return stored >= latest
 
 
 def place(chains: Sequence[Chain]) -> int:

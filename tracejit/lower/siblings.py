@@ -66,6 +66,11 @@ def mergeable(fusion: Fusion, a: Cluster, b: Cluster) -> bool:
     """True if no other cluster lies between, what one makes for the other is read where it is made, and sizes allow."""
     if len(a.members) + len(b.members) > _MAX_MEMBERS:
         return False
+    limit = fusion.caps.max_buffers
+    if limit is not None:
+        both = {v for c in (a, b) for v in c.reads if v not in c.members or v.home is c}
+        if fusion.bound(both) > limit:
+            return False
     forward, back = a.desc & b.bit, b.desc & a.bit
     for first, second, path in ((a, b, forward), (b, a, back)):
         if path and any(
