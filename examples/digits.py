@@ -3,11 +3,11 @@
     python examples/digits.py [--model mlp|cnn] [--device cpu] [--epochs N] [--seed 0]
 
 Needs scikit-learn (``pip install tracejit[examples]``) for the 1797 images. Expected output: the accuracy on
-360 images that were not trained on rises to 96-99%, within 5 s (MLP) or 30 s (CNN) on ``--device numpy``::
+360 images that were not trained on rises to 96-99%, within 5 s (MLP) or 20 s (CNN) on ``--device numpy``::
 
-    epoch  1  loss 2.122  test accuracy 63.3%
+    epoch  1  loss 1.868  test accuracy 82.2%
     ...
-    epoch 15  loss 0.049  test accuracy 98.1%
+    epoch  8  loss 0.047  test accuracy 98.3%
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def loss_fn(model: Any, x: Any, y: Any) -> Any:
     return nn.cross_entropy(model(x), y)
 
 
-opt = optim.adamw(3e-3)
+opt = optim.adamw(6e-3)
 
 
 @tj.trace
@@ -74,7 +74,7 @@ def accuracy(model, x, y):
 
 
 def train(
-    kind: str = "cnn", epochs: int = 15, seed: int = 0, device: str | None = None, verbose: bool = True
+    kind: str = "cnn", epochs: int = 8, seed: int = 0, device: str | None = None, verbose: bool = True
 ) -> tuple[Any, float]:
     """The trained model and its accuracy on the test images."""
     x, y, x_test, y_test = load_digits(seed)
@@ -99,7 +99,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Recognise handwritten digits.")
     parser.add_argument("--model", choices=sorted(MODELS), default="cnn")
     parser.add_argument("--device", default=None, help="cpu, wgpu or numpy (default: the best there is)")
-    parser.add_argument("--epochs", type=int, default=15)
+    parser.add_argument("--epochs", type=int, default=8)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
     train(args.model, args.epochs, args.seed, args.device)
