@@ -18,6 +18,8 @@ from tracejit.errors import DeviceOutOfMemoryError, describe
 from tracejit.events import KernelInfo
 from tracejit.graph import Graph, Node
 
+from tracejit_numpy.schedule import low_peak_order
+
 #: Elementwise ops that are exactly one NumPy ufunc: called directly, and able to write into a dying operand.
 _UFUNCS: dict[str, np.ufunc] = {
     "neg": np.negative, "abs": np.absolute, "sign": np.sign, "floor": np.floor, "ceil": np.ceil, "rint": np.rint,
@@ -30,7 +32,7 @@ _UFUNCS: dict[str, np.ufunc] = {
     "greater": np.greater, "greater_equal": np.greater_equal, "logical_not": np.logical_not, "invert": np.invert,
 }  # fmt: skip
 _FREE = frozenset(
-    {"const", "literal", "input", "proj", "reshape", "transpose", "broadcast_to", "slice", "flip"}
+    {"const", "literal", "input", "proj", "reshape", "transpose", "broadcast_to", "slice", "flip", "barrier"}
 )
 
 
@@ -71,13 +73,15 @@ class Interpreter:
         order = [n for n in order if n in used or n in effects]
         # A view keeps its base alive: liveness is that of the base.
         base: dict[Node, Node] = {}
-        last: dict[Node, int] = {}
-        for i, n in enumerate(order):
+        for n in order:
             is_view = ("view" in n.op.traits or n.op.name == "proj") and n.inputs
             base[n] = base.get(n.inputs[0], n.inputs[0]) if is_view else n
+        kept = {base.get(n, n) for n in graph.outputs}
+        order = low_peak_order(order, operands, lambda n: base.get(n, n), kept)
+        last: dict[Node, int] = {}
+        for i, n in enumerate(order):
             for o in operands[n]:
                 last[base.get(o, o)] = i
-        kept = {base.get(n, n) for n in graph.outputs}
         members: dict[Node, list[Node]] = {}
         for n in order:
             members.setdefault(base[n], []).append(n)

@@ -112,7 +112,10 @@ class RandomGraph:
         if kind == 8:
             m = self.op("max", x, axes=(len(x.shape) - 1,))
             kept = (*x.shape[:-1], 1)
-            e = self.op("exp", self.op("sub", x, self.op("broadcast_to", self.op("reshape", m, shape=kept), shape=x.shape)))
+            e = self.op(
+                "exp",
+                self.op("sub", x, self.op("broadcast_to", self.op("reshape", m, shape=kept), shape=x.shape)),
+            )
             s = self.op("reshape", self.op("sum", e, axes=(len(x.shape) - 1,)), shape=kept)
             return self.op("div", e, self.op("broadcast_to", s, shape=x.shape))
         if kind == 9:
@@ -170,8 +173,22 @@ class RandomGraph:
             interior = (0,) * len(x.shape)
         p = self.op("pad", x, low=low, high=high, interior=interior, value=float(self.rng.choice((0.0, 1.0))))
         if self.rng.random() < 0.4 and x.shape[0] > 1:  # the gradient of two slices
-            a = self.op("pad", x, low=(0,) * len(x.shape), high=(x.shape[0], *(0,) * (len(x.shape) - 1)), interior=(0,) * len(x.shape), value=0.0)
-            b = self.op("pad", self.like(x), low=(x.shape[0], *(0,) * (len(x.shape) - 1)), high=(0,) * len(x.shape), interior=(0,) * len(x.shape), value=0.0)
+            a = self.op(
+                "pad",
+                x,
+                low=(0,) * len(x.shape),
+                high=(x.shape[0], *(0,) * (len(x.shape) - 1)),
+                interior=(0,) * len(x.shape),
+                value=0.0,
+            )
+            b = self.op(
+                "pad",
+                self.like(x),
+                low=(x.shape[0], *(0,) * (len(x.shape) - 1)),
+                high=(0,) * len(x.shape),
+                interior=(0,) * len(x.shape),
+                value=0.0,
+            )
             return self.op("add", a, b)
         return p
 
@@ -185,9 +202,19 @@ class RandomGraph:
         w = self.op("tanh", w) if self.rng.random() < 0.3 else w
         if self.rng.random() < 0.4:
             perm = (0, 2, 1) if batch else (1, 0)
-            w = self.op("transpose", self.add_input((shape[0], columns, k) if batch else (columns, k)), perm=perm)
+            w = self.op(
+                "transpose", self.add_input((shape[0], columns, k) if batch else (columns, k)), perm=perm
+            )
         rhs = (1,) if batch else (0,)
-        y = self.op("dot_general", x, w, lhs_batch=(0,) if batch else (), rhs_batch=(0,) if batch else (), lhs_contract=(n - 1,), rhs_contract=rhs)
+        y = self.op(
+            "dot_general",
+            x,
+            w,
+            lhs_batch=(0,) if batch else (),
+            rhs_batch=(0,) if batch else (),
+            lhs_contract=(n - 1,),
+            rhs_contract=rhs,
+        )
         return self.tame(y)
 
     def gather(self, x: Node) -> Node:

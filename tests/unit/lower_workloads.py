@@ -43,7 +43,13 @@ def evaluate(graph: Graph, inputs: list[np.ndarray]) -> list[np.ndarray]:
     return [np.asarray(values[n]) for n in graph.outputs]
 
 
-def check(graph: Graph, inputs: list[np.ndarray], caps: Capabilities | None = None, rtol: float = 1e-4, atol: float = 1e-5) -> Program:
+def check(
+    graph: Graph,
+    inputs: list[np.ndarray],
+    caps: Capabilities | None = None,
+    rtol: float = 1e-4,
+    atol: float = 1e-5,
+) -> Program:
     """Lower, interpret, compare with the reference; returns the program."""
     program = lower(graph, caps or Capabilities())
     inputs = [np.asarray(x).astype(n.dtype) for x, n in zip(inputs, graph.inputs, strict=True)]
@@ -75,7 +81,9 @@ def mlp(sizes: tuple[int, ...] = (64, 64, 64, 10), batch: int = 32, opt: Any = N
     return step, (model, opt.init(model), x, y)
 
 
-def gpt(layers: int = 4, dim: int = 256, heads: int = 4, seq: int = 128, batch: int = 8, vocab: int = 512) -> Workload:
+def gpt(
+    layers: int = 4, dim: int = 256, heads: int = 4, seq: int = 128, batch: int = 8, vocab: int = 512
+) -> Workload:
     """Workload c, with attention as one scaled_dot_product_attention on a fused qkv product."""
     rng = np.random.default_rng(0)
 
@@ -89,7 +97,14 @@ def gpt(layers: int = 4, dim: int = 256, heads: int = 4, seq: int = 128, batch: 
         "embed": _normal(rng, vocab, dim, scale=0.02),
         "pos": _normal(rng, seq, dim, scale=0.02),
         "blocks": [
-            {"n1": norm(), "qkv": linear(dim, 3 * dim), "o": linear(dim, dim), "n2": norm(), "w1": linear(dim, 4 * dim), "w2": linear(4 * dim, dim)}
+            {
+                "n1": norm(),
+                "qkv": linear(dim, 3 * dim),
+                "o": linear(dim, dim),
+                "n2": norm(),
+                "w1": linear(dim, 4 * dim),
+                "w2": linear(4 * dim, dim),
+            }
             for _ in range(layers)
         ],
         "n": norm(),
@@ -102,7 +117,11 @@ def gpt(layers: int = 4, dim: int = 256, heads: int = 4, seq: int = 128, batch: 
         h = p["embed"][x] + p["pos"]
         for b in p["blocks"]:
             n = nn.layer_norm(h, b["n1"]["g"], b["n1"]["b"])
-            qkv = (n @ b["qkv"]["w"] + b["qkv"]["b"]).reshape(batch, seq, 3, heads, dim // heads).transpose(2, 0, 3, 1, 4)
+            qkv = (
+                (n @ b["qkv"]["w"] + b["qkv"]["b"])
+                .reshape(batch, seq, 3, heads, dim // heads)
+                .transpose(2, 0, 3, 1, 4)
+            )
             o = nn.scaled_dot_product_attention(qkv[0], qkv[1], qkv[2], is_causal=True)
             h = h + o.transpose(0, 2, 1, 3).reshape(batch, seq, dim) @ b["o"]["w"] + b["o"]["b"]
             n = nn.layer_norm(h, b["n2"]["g"], b["n2"]["b"])
@@ -134,13 +153,24 @@ def softmax(rows: int = 64, columns: int = 128) -> Workload:
 def layer_norm(rows: int = 64, columns: int = 128) -> Workload:
     """Workload e2."""
     rng = np.random.default_rng(0)
-    return lambda x, g, b: nn.layer_norm(x, g, b), (_normal(rng, rows, columns), _normal(rng, columns), _normal(rng, columns))
+    return lambda x, g, b: nn.layer_norm(x, g, b), (
+        _normal(rng, rows, columns),
+        _normal(rng, columns),
+        _normal(rng, columns),
+    )
 
 
 def ln_mlp(rows: int = 64, dim: int = 32, hidden: int = 128) -> Workload:
     """Workload f: layer norm, GELU MLP, all gradients."""
     rng = np.random.default_rng(0)
-    params = [np.ones(dim, F32), np.zeros(dim, F32), _normal(rng, dim, hidden, scale=0.04), np.zeros(hidden, F32), _normal(rng, hidden, dim, scale=0.02), np.zeros(dim, F32)]
+    params = [
+        np.ones(dim, F32),
+        np.zeros(dim, F32),
+        _normal(rng, dim, hidden, scale=0.04),
+        np.zeros(hidden, F32),
+        _normal(rng, hidden, dim, scale=0.02),
+        np.zeros(dim, F32),
+    ]
 
     def loss(p: Any, x: Any, gy: Any) -> Any:
         n = nn.layer_norm(x, p[0], p[1])
@@ -161,7 +191,14 @@ def sums(n: int = 96) -> list[Workload]:
 def cnn(batch: int = 4) -> Workload:
     """Workload h."""
     rng = np.random.default_rng(0)
-    params = [_normal(rng, 16, 1, 3, 3, scale=0.3), np.zeros(16, F32), _normal(rng, 32, 16, 3, 3, scale=0.1), np.zeros(32, F32), _normal(rng, 32 * 5 * 5, 10, scale=0.03), np.zeros(10, F32)]
+    params = [
+        _normal(rng, 16, 1, 3, 3, scale=0.3),
+        np.zeros(16, F32),
+        _normal(rng, 32, 16, 3, 3, scale=0.1),
+        np.zeros(32, F32),
+        _normal(rng, 32 * 5 * 5, 10, scale=0.03),
+        np.zeros(10, F32),
+    ]
     opt = optim.sgd(0.01)
 
     def loss(p: Any, x: Any, y: Any) -> Any:

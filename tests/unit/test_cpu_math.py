@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
-import scipy.special
 
 from tests.backend.test_cpu_loops import Body
 from tracejit_cpu.executable import CpuExecutable
@@ -32,7 +33,7 @@ UNARY = {
     "arcsinh": np.arcsinh,
     "arccosh": np.arccosh,
     "arctanh": np.arctanh,
-    "erf": scipy.special.erf,
+    "erf": np.vectorize(math.erf, otypes=[np.float64]),
 }
 EDGES = np.array(
     [0.0, -0.0, 1.0, -1.0, np.inf, -np.inf, np.nan, 1e-45, -1e-45, 1.1754944e-38, 3.4028235e38, -3.4028235e38, 88.7, 89.0, -103.9, -104.5, 0.5, 2.0, 1e5, 1e10, 0.625, 4.0],

@@ -17,7 +17,9 @@ def rand(*shape: int, seed: int = 0, dtype: Any = np.float32) -> np.ndarray:
     return np.random.default_rng(seed).standard_normal(shape).astype(dtype)
 
 
-def qkv(*batch: int, tq: int = 8, tk: int = 8, d: int = 4, dv: int = 4, dtype: Any = np.float32) -> list[np.ndarray]:
+def qkv(
+    *batch: int, tq: int = 8, tk: int = 8, d: int = 4, dv: int = 4, dtype: Any = np.float32
+) -> list[np.ndarray]:
     shapes = ((*batch, tq, d), (*batch, tk, d), (*batch, tk, dv))
     return [rand(*s, seed=i, dtype=dtype) for i, s in enumerate(shapes)]
 
@@ -59,7 +61,9 @@ def test_backward_is_one_kernel(causal: bool, masked: bool) -> None:
     np.fill_diagonal(mask, True)
 
     def loss(q: Any, k: Any, v: Any, g: Any, m: Any) -> Any:
-        return (nn.scaled_dot_product_attention(q, k, v, mask=m if masked else None, is_causal=causal) * g).sum()
+        return (
+            nn.scaled_dot_product_attention(q, k, v, mask=m if masked else None, is_causal=causal) * g
+        ).sum()
 
     fn = lambda q, k, v, g, m: tj.value_and_grad(loss, wrt=(0, 1, 2))(q, k, v, g, m)  # noqa: E731
     kernels = attention_of(fn, *qkv(2, 3), rand(2, 3, 8, 4, seed=5), mask)
@@ -84,7 +88,9 @@ def test_gradients_go_straight_into_the_fused_projection() -> None:
 
 
 def test_output_has_the_layout_that_the_next_product_wants() -> None:
-    fn = lambda q, k, v, w: nn.scaled_dot_product_attention(q, k, v).transpose(0, 2, 1, 3).reshape(2, 8, 12) @ w  # noqa: E731
+    fn = lambda q, k, v, w: (
+        nn.scaled_dot_product_attention(q, k, v).transpose(0, 2, 1, 3).reshape(2, 8, 12) @ w
+    )  # noqa: E731
     (kernel,) = attention_of(fn, *qkv(2, 3), rand(12, 5))
     assert kernel.out is not None and kernel.out.strides == (96, 4, 12, 1)
 

@@ -30,8 +30,17 @@ from tracejit.program import (
 
 CPU = Capabilities()
 GPU = Capabilities(batch_contracts=16, separate_outputs=True, split_k=4, epilogue_buffers=4, horizontal=64)
-WEB = Capabilities(batch_contracts=16, separate_outputs=True, split_k=4, epilogue_buffers=4, horizontal=64, max_buffers=8)
-UNFUSED = Capabilities(contract_epilogue=False, conv_epilogue=False, recompute_flops=0, attention=False, horizontal=1, max_buffers=6)
+WEB = Capabilities(
+    batch_contracts=16, separate_outputs=True, split_k=4, epilogue_buffers=4, horizontal=64, max_buffers=8
+)
+UNFUSED = Capabilities(
+    contract_epilogue=False,
+    conv_epilogue=False,
+    recompute_flops=0,
+    attention=False,
+    horizontal=1,
+    max_buffers=6,
+)
 SNAPSHOTS = Path(__file__).parent / "snapshots"
 
 
@@ -51,7 +60,9 @@ def test_workloads_are_right_for_every_backend(name: str, caps: Capabilities) ->
     program = program_of(*SMALL[name](), caps)
     if caps.max_buffers is not None:
         for k in program.kernels:
-            assert bindings(program.buffers, {*k.reads, *k.writes}, caps.separate_outputs) <= caps.max_buffers, k.name
+            assert (
+                bindings(program.buffers, {*k.reads, *k.writes}, caps.separate_outputs) <= caps.max_buffers
+            ), k.name
 
 
 @pytest.mark.parametrize("name", ["d", "e1", "e2"])
@@ -74,7 +85,14 @@ def test_row_pipelines_are_one_kernel_each() -> None:
         (lambda x: nn.log_softmax(x), (x,)),
         (lambda x: nn.softmax(x, axis=0), (x,)),
         (lambda x: nn.rms_norm(x), (x,)),
-        (lambda x: nn.logsumexp(x) if hasattr(nn, "logsumexp") else np.log(np.exp(x - x.max(-1, keepdims=True)).sum(-1)), (x,)),
+        (
+            lambda x: (
+                nn.logsumexp(x)
+                if hasattr(nn, "logsumexp")
+                else np.log(np.exp(x - x.max(-1, keepdims=True)).sum(-1))
+            ),
+            (x,),
+        ),
         (lambda x: (x - x.mean(-1, keepdims=True)) / x.std(-1, keepdims=True), (x,)),
         (lambda x: x.argmax(-1), (x,)),
     ]
@@ -100,16 +118,28 @@ def test_layer_norm_gelu_mlp() -> None:
     assert len(products) == 6
     fused = [p for k in products for p in k.problems if any(i.op == "tanh" for i in p.epilogue.instrs)]
     assert len(fused) == 2
-    rows = [b for k in program.kernels if isinstance(k, LoopKernel) for b in k.bodies if b.reduce_axes == (1,)]
+    rows = [
+        b for k in program.kernels if isinstance(k, LoopKernel) for b in k.bodies if b.reduce_axes == (1,)
+    ]
     assert len(rows) == 2
-    columns = [b for k in program.kernels if isinstance(k, LoopKernel) for b in k.bodies if b.domain == (64, 32) and b.reduce_axes == (0,)]
+    columns = [
+        b
+        for k in program.kernels
+        if isinstance(k, LoopKernel)
+        for b in k.bodies
+        if b.domain == (64, 32) and b.reduce_axes == (0,)
+    ]
     stores = sorted(sum(i.op == "store" for i in b.instrs) for b in columns)
     assert stores == [1, 2], "bias of W2; scale and shift of the norm in one sweep"
 
 
 def test_optimiser_updates_sit_in_the_epilogues_on_cpu_and_in_one_kernel_on_gpu() -> None:
     on_cpu = program_of(*SMALL["b"](), CPU)
-    assert not [k for k in on_cpu.kernels if isinstance(k, LoopKernel) and all(not b.reduce_axes and len(b.domain) for b in k.bodies)]
+    assert not [
+        k
+        for k in on_cpu.kernels
+        if isinstance(k, LoopKernel) and all(not b.reduce_axes and len(b.domain) for b in k.bodies)
+    ]
     wide = workloads.mlp((128, 96, 64, 10), 64, optim.sgd(0.1))
     on_gpu = lower(optimised(wide[0], *wide[1])[0], Capabilities(epilogue_buffers=2, horizontal=64))
     updates = [k for k in on_gpu.kernels if isinstance(k, LoopKernel) and len(k.bodies) > 3]
@@ -129,7 +159,9 @@ def test_gpt_step_kernels() -> None:
 
 def test_equal_weight_gradients_become_one_batch() -> None:
     program = program_of(*SMALL["c"](), GPU)
-    batches = sorted(len(k.problems) for k in program.kernels if isinstance(k, ContractKernel) if len(k.problems) > 1)
+    batches = sorted(
+        len(k.problems) for k in program.kernels if isinstance(k, ContractKernel) if len(k.problems) > 1
+    )
     assert batches == [2, 2, 2, 2]
     assert any(d.action == "batched products" for d in program.report)
 
@@ -138,7 +170,11 @@ def test_split_k_is_summed_in_the_row_kernel_behind() -> None:
     x, w, g = rand(64, 512), rand(512, 64), rand(64)
     program = program_of(lambda x, w, g: nn.layer_norm(x @ w, g), (x, w, g), GPU)
     product, norm = program.kernels
-    assert isinstance(product, ContractKernel) and product.problems[0].batch == (4,) and product.problems[0].k == (128,)
+    assert (
+        isinstance(product, ContractKernel)
+        and product.problems[0].batch == (4,)
+        and product.problems[0].k == (128,)
+    )
     assert isinstance(norm, LoopKernel) and sum(i.op == "load" for i in norm.bodies[0].instrs) == 5
 
 
@@ -200,4 +236,6 @@ def test_snapshot(name: str) -> None:
     path = SNAPSHOTS / f"{name}.txt"
     if os.environ.get("TRACEJIT_UPDATE_SNAPSHOTS"):
         path.write_text(text)
-    assert text == path.read_text(), f"{path} differs; TRACEJIT_UPDATE_SNAPSHOTS=1 rewrites it if that is intended"
+    assert text == path.read_text(), (
+        f"{path} differs; TRACEJIT_UPDATE_SNAPSHOTS=1 rewrites it if that is intended"
+    )

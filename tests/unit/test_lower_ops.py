@@ -17,7 +17,9 @@ CAPABILITIES = {
     "cpu": Capabilities(),
     "gpu": Capabilities(batch_contracts=8, separate_outputs=True, split_k=4, epilogue_buffers=4),
     "webgpu-defaults": Capabilities(max_buffers=8, attention=False),
-    "nothing-fused": Capabilities(contract_epilogue=False, conv_epilogue=False, recompute_flops=0, horizontal=1),
+    "nothing-fused": Capabilities(
+        contract_epilogue=False, conv_epilogue=False, recompute_flops=0, horizontal=1
+    ),
 }
 #: Ops that tests of the tracer may define stay out: only ours have samples that NumPy can run.
 OPS = [op for op in registry.all_ops() if op.samples()]

@@ -12,7 +12,9 @@ from tracejit.program import Capabilities
 
 CAPABILITIES = [
     Capabilities(),
-    Capabilities(batch_contracts=16, separate_outputs=True, split_k=4, epilogue_buffers=4, horizontal=64, max_buffers=8),
+    Capabilities(
+        batch_contracts=16, separate_outputs=True, split_k=4, epilogue_buffers=4, horizontal=64, max_buffers=8
+    ),
     Capabilities(max_buffers=6, attention=False, recompute_flops=0),
     Capabilities(contract_epilogue=False, conv_epilogue=False, recompute_flops=100, horizontal=1),
     Capabilities(row_limit=2),

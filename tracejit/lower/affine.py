@@ -136,7 +136,9 @@ def reshape_groups(a: Sequence[int], b: Sequence[int]) -> list[tuple[int, int, i
     return groups
 
 
-def through_reshape(exprs: Sequence[Expr], out: Sequence[int], into: Sequence[int], sizes: Mapping[int, int]) -> Map | None:
+def through_reshape(
+    exprs: Sequence[Expr], out: Sequence[int], into: Sequence[int], sizes: Mapping[int, int]
+) -> Map | None:
     """Index over ``into`` for an index over ``out``, both shapes of one array; a flat map if it must be; may Split."""
     result: list[Expr] = []
     if 0 in out:
@@ -160,7 +162,9 @@ def through_reshape(exprs: Sequence[Expr], out: Sequence[int], into: Sequence[in
     return (tuple(result), (), False)
 
 
-def is_bijection(exprs: Sequence[Expr], axes: Sequence[int], sizes: Mapping[int, int], shape: Sequence[int]) -> bool:
+def is_bijection(
+    exprs: Sequence[Expr], axes: Sequence[int], sizes: Mapping[int, int], shape: Sequence[int]
+) -> bool:
     """True if the points over ``axes`` and the elements of ``shape`` correspond one to one."""
     used: set[int] = set()
     for e, n in zip(exprs, shape, strict=True):
@@ -190,7 +194,9 @@ def contiguous(shape: Sequence[int]) -> tuple[int, ...]:
     return tuple(out)
 
 
-def reshape_strides(shape: Sequence[int], strides: Sequence[int], new: Sequence[int]) -> tuple[int, ...] | None:
+def reshape_strides(
+    shape: Sequence[int], strides: Sequence[int], new: Sequence[int]
+) -> tuple[int, ...] | None:
     """Strides under which the same elements have the shape ``new`` (row-major equivalent), or None."""
     if 0 in shape:
         return contiguous(new)

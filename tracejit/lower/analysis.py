@@ -50,7 +50,9 @@ def analyse(values: Sequence[Value], outputs: Sequence[Value], caps: Capabilitie
             continue
         if kind in (LEAF, REDUCE, DOT, OP, PROJ, ATTENTION):
             v.leaves = frozenset((v,))
-            if (kind == DOT and caps.contract_epilogue) or (v.op == "conv2d" and kind == OP and caps.conv_epilogue):
+            if (kind == DOT and caps.contract_epilogue) or (
+                v.op == "conv2d" and kind == OP and caps.conv_epilogue
+            ):
                 v.epi = v
             continue
         inputs = set(v.inputs)
@@ -62,7 +64,9 @@ def analyse(values: Sequence[Value], outputs: Sequence[Value], caps: Capabilitie
             if x.kind == CONST:
                 continue
             cost += x.cost if x.size >= size else x.cost * x.size / size
-            leaves = None if leaves is None or x.leaves is None else x.leaves if not leaves else leaves | x.leaves
+            leaves = (
+                None if leaves is None or x.leaves is None else x.leaves if not leaves else leaves | x.leaves
+            )
             if x.rows:
                 rows = rows | x.rows if rows else x.rows
             if x.kind == REDUCE:

@@ -78,7 +78,11 @@ def match_attention(prepared: Prepared, caps: Capabilities, decisions: list[Deci
             changed = changed or not reason
             nids = (v.nid, found.out.nid)
             decisions.append(
-                Decision("attention" if not reason else "no attention kernel", nids, reason or "the scores are never stored")
+                Decision(
+                    "attention" if not reason else "no attention kernel",
+                    nids,
+                    reason or "the scores are never stored",
+                )
             )
     if changed:
         prepared.live()
@@ -147,7 +151,11 @@ def dot_roles(v: Value) -> tuple[int, int, int]:
     """(batch, left free, right free) axis counts of a product."""
     at = v.attrs
     nb = len(at["lhs_batch"])
-    return nb, len(v.inputs[0].shape) - nb - len(at["lhs_contract"]), len(v.inputs[1].shape) - nb - len(at["rhs_contract"])
+    return (
+        nb,
+        len(v.inputs[0].shape) - nb - len(at["lhs_contract"]),
+        len(v.inputs[1].shape) - nb - len(at["rhs_contract"]),
+    )
 
 
 def sides(v: Value, left: str, right: str, contracted: str) -> tuple[Side, Side, Roles] | None:
@@ -221,7 +229,11 @@ def forward(p: Value, caps: Capabilities) -> Found | None:
         last = len(p.shape) - 1
         if at["lhs_contract"] == (last,) and at["lhs_batch"] == tuple(range(last - 1)):
             parts = sides(out, "q", "v", "k")
-            if parts is None or max(scores.inputs[0].shape[scores.attrs["lhs_contract"][0]], out.shape[-1]) > caps.attention_dim:
+            if (
+                parts is None
+                or max(scores.inputs[0].shape[scores.attrs["lhs_contract"][0]], out.shape[-1])
+                > caps.attention_dim
+            ):
                 continue
             return Found(q, k, parts[1], out, parts[2], p, float(scale), causal, mask, masks, inside)
     return None
@@ -234,7 +246,9 @@ def leads_to_product(v: Value) -> bool:
     return v.kind == DOT
 
 
-def other_side(v: Value, known: Value, known_roles: Roles, free: str, contracted: str) -> tuple[Side, Roles] | None:
+def other_side(
+    v: Value, known: Value, known_roles: Roles, free: str, contracted: str
+) -> tuple[Side, Roles] | None:
     """For a product of ``known`` and something: that other operand with roles, and the roles of the result."""
     if v.kind != DOT or dot_roles(v)[1:] != (1, 1):
         return None
@@ -334,16 +348,36 @@ def replace_attention(prepared: Prepared, f: Found) -> str:
         results_of["lse"] = (lse, lse_roles)
     attend(prepared, operands, results_of, {**common, "grad": False}, f.out, [f.p])
     if grads is not None:
-        operands = {**operands, "out": Side(f.out, f.out_roles), "lse": Side(lse, lse_roles), "dout": grads["dout"]}
+        operands = {
+            **operands,
+            "out": Side(f.out, f.out_roles),
+            "lse": Side(lse, lse_roles),
+            "dout": grads["dout"],
+        }
         wanted = {n: grads[n] for n in ("dq", "dk", "dv")}
         first = min((w[0] for w in wanted.values()), key=lambda v: v.index)
         attend(prepared, operands, wanted, {**common, "grad": True}, first, [f.p])
     return ""
 
 
-def attend(prepared: Prepared, operands: dict[str, Side], results: dict[str, Any], attrs: Any, before: Value, nodes: Any) -> None:
+def attend(
+    prepared: Prepared,
+    operands: dict[str, Side],
+    results: dict[str, Any],
+    attrs: Any,
+    before: Value,
+    nodes: Any,
+) -> None:
     """Insert an attention value in front of ``before``; its results become projections of it."""
-    att = Value("attention", ATTENTION, [s.value for s in operands.values()], {**attrs}, (), before.dtype, nodes[0].nid)
+    att = Value(
+        "attention",
+        ATTENTION,
+        [s.value for s in operands.values()],
+        {**attrs},
+        (),
+        before.dtype,
+        nodes[0].nid,
+    )
     att.attrs["operands"] = {n: s.roles for n, s in operands.items()}  # type: ignore[index]
     att.attrs["results"] = {n: (v, roles) for n, (v, roles) in results.items()}  # type: ignore[index]
     at = prepared.values.index(before)
@@ -423,7 +457,9 @@ def attention_kernel(builder: KernelBuilder, c: Cluster) -> Kernel:
         for r in roles:
             group = region.groups[r]
             exprs.append(affine.linear([affine.var(a) for a in group], [region.sizes[a] for a in group]))
-        found[name] = access(name, address(builder, place_of(v, builder.fusion), (tuple(exprs), (), False), axes), axes, v.nid)
+        found[name] = access(
+            name, address(builder, place_of(v, builder.fusion), (tuple(exprs), (), False), axes), axes, v.nid
+        )
     nodes = {att.nid, *(v.nid for v, _ in at["results"].values()), *(v.nid for v in region.members)} - {-1}
     kernel = AttentionKernel(
         "attention_grad" if at["grad"] else "attention", tuple(sorted(nodes)), (), (),

@@ -22,7 +22,22 @@ class Cluster:
     that depend on this one. ``contract`` is the product or convolution whose epilogue this is.
     """
 
-    __slots__ = ("axes", "bit", "contract", "desc", "groups", "kind", "members", "owner", "reads", "red", "red_maps", "roles", "root", "sizes")
+    __slots__ = (
+        "axes",
+        "bit",
+        "contract",
+        "desc",
+        "groups",
+        "kind",
+        "members",
+        "owner",
+        "reads",
+        "red",
+        "red_maps",
+        "roles",
+        "root",
+        "sizes",
+    )
 
     def __init__(self, kind: str, bit: int, owner: Cluster | None = None, root: Value | None = None) -> None:
         self.kind = kind
@@ -182,14 +197,38 @@ def operand_maps(c: Cluster, v: Value, m: Map) -> list[tuple[Value, Map]]:
             return [(x, (tuple(moved), preds, False))]
         if op == "broadcast_to":
             tail = exprs[len(exprs) - len(x.shape) :]
-            return [(x, (tuple(ZERO if n == 1 else e for e, n in zip(tail, x.shape, strict=True)), preds, False))]
+            return [
+                (x, (tuple(ZERO if n == 1 else e for e, n in zip(tail, x.shape, strict=True)), preds, False))
+            ]
         if op == "slice":
             start, step = v.attrs["start"], v.attrs["step"]
-            return [(x, (tuple(affine.shift(affine.scale(e, s), a) for e, a, s in zip(exprs, start, step, strict=True)), preds, False))]
+            return [
+                (
+                    x,
+                    (
+                        tuple(
+                            affine.shift(affine.scale(e, s), a)
+                            for e, a, s in zip(exprs, start, step, strict=True)
+                        ),
+                        preds,
+                        False,
+                    ),
+                )
+            ]
         if op == "flip":
             axes = v.attrs["axes"]
             return [
-                (x, (tuple(affine.shift(affine.scale(e, -1), n - 1) if i in axes else e for i, (e, n) in enumerate(zip(exprs, x.shape, strict=True))), preds, False))
+                (
+                    x,
+                    (
+                        tuple(
+                            affine.shift(affine.scale(e, -1), n - 1) if i in axes else e
+                            for i, (e, n) in enumerate(zip(exprs, x.shape, strict=True))
+                        ),
+                        preds,
+                        False,
+                    ),
+                )
             ]
         if op == "pad":
             inside, checks = [], list(preds)
@@ -204,7 +243,16 @@ def operand_maps(c: Cluster, v: Value, m: Map) -> list[tuple[Value, Map]]:
         axis = v.attrs["axis"]
         out: list[tuple[Value, Map]] = []
         for x, check, e in concat_parts(v, exprs[axis]):
-            out.append((x, ((*exprs[:axis], ZERO if x.shape[axis] == 1 else e, *exprs[axis + 1 :]), (*preds, check), False)))
+            out.append(
+                (
+                    x,
+                    (
+                        (*exprs[:axis], ZERO if x.shape[axis] == 1 else e, *exprs[axis + 1 :]),
+                        (*preds, check),
+                        False,
+                    ),
+                )
+            )
         return out
     if v.kind == REDUCE:
         x = v.inputs[0]

@@ -29,7 +29,11 @@ def rewrite(body: LoopBody, groups: Sequence[Sequence[int]]) -> LoopBody:
     inner = [g[-1] for g in groups]
     same = [list(g) for g in groups] == [[a] for a in range(len(body.domain))]
     if same:
-        return LoopBody(body.domain, tuple(Instr(*i) if isinstance(i, tuple) else i for i in body.instrs), body.reduce_axes)
+        return LoopBody(
+            body.domain,
+            tuple(Instr(*i) if isinstance(i, tuple) else i for i in body.instrs),
+            body.reduce_axes,
+        )
     axes_of: dict[tuple[int, ...], tuple[int, ...]] = {}
 
     def strides(old: Sequence[int]) -> tuple[int, ...]:
@@ -61,7 +65,13 @@ def mergeable(strides: Sequence[Sequence[int]], domain: Sequence[int], outer: in
     return all(s[outer] == s[inner] * n for s in strides)
 
 
-def grouped(order: Sequence[int], domain: Sequence[int], strides: Sequence[Sequence[int]], fixed: set[int], red: set[int]) -> list[list[int]]:
+def grouped(
+    order: Sequence[int],
+    domain: Sequence[int],
+    strides: Sequence[Sequence[int]],
+    fixed: set[int],
+    red: set[int],
+) -> list[list[int]]:
     """Runs of ``order`` that can be merged; axes in ``fixed`` are used by position and stay alone."""
     groups: list[list[int]] = []
     for a in order:
@@ -134,4 +144,13 @@ def coalesce_contract(c: Contract) -> Contract:
         return tuple(prod(sizes[a] for a in g) for g in kind)
 
     body = rewrite(c.epilogue, [g for kind in kinds[:3] for g in kind])
-    return Contract(size(kinds[0]), size(kinds[1]), size(kinds[2]), size(kinds[3]), pick(c.a), pick(c.b), body, c.acc_dtype)
+    return Contract(
+        size(kinds[0]),
+        size(kinds[1]),
+        size(kinds[2]),
+        size(kinds[3]),
+        pick(c.a),
+        pick(c.b),
+        body,
+        c.acc_dtype,
+    )

@@ -24,7 +24,9 @@ from tracejit.program import (
 )
 
 _FREE = frozenset({"load", "store", "const", "index", "acc"})
-_QUIET = frozenset({"convert", "reshape", "transpose", "broadcast_to", "slice", "pad", "identity", "const", "iota"})
+_QUIET = frozenset(
+    {"convert", "reshape", "transpose", "broadcast_to", "slice", "pad", "identity", "const", "iota"}
+)
 
 
 def body_accesses(body: LoopBody) -> Iterable[tuple[bool, Access, tuple[int, ...]]]:

@@ -158,7 +158,13 @@ class BodyEmitter:
         for part in range(1, v.parts):
             shifted = Access(access.buffer, access.strides, access.offset + part * v.size)
             more = self.emit(
-                "load", (), v.dtype, {**attrs, "access": shifted}, key=(shifted, gather, predicate), axes=where, node=v.nid
+                "load",
+                (),
+                v.dtype,
+                {**attrs, "access": shifted},
+                key=(shifted, gather, predicate),
+                axes=where,
+                node=v.nid,
             )
             result = self.emit("add", (result, more), v.dtype, node=v.nid)
         return result
@@ -183,7 +189,11 @@ class BodyEmitter:
         """The accumulator of the product whose epilogue this is."""
         wide = accumulator(v)
         i = self.emit("acc", (), wide, axes=tuple(range(len(self.order))), node=v.nid)
-        return i if wide == v.dtype else self.emit("convert", (i,), v.dtype, {"dtype": v.dtype}, key=v.dtype, node=v.nid)
+        return (
+            i
+            if wide == v.dtype
+            else self.emit("convert", (i,), v.dtype, {"dtype": v.dtype}, key=v.dtype, node=v.nid)
+        )
 
     def compute(self, v: Value, m: Map) -> int:
         """Emit the instruction of ``v``."""
@@ -198,7 +208,11 @@ class BodyEmitter:
             return self.value(v.inputs[0], m)
         if op == "iota":
             i = self.index(m[0][v.attrs["axis"]])
-            return i if v.dtype == INT64 else self.emit("convert", (i,), v.dtype, {"dtype": v.dtype}, key=v.dtype)
+            return (
+                i
+                if v.dtype == INT64
+                else self.emit("convert", (i,), v.dtype, {"dtype": v.dtype}, key=v.dtype)
+            )
         args = operand_maps(self.c, v, m)
         if op in ("take", "take_along_axis"):
             return self.value(*args[1])
@@ -208,10 +222,18 @@ class BodyEmitter:
             strides = [0] * len(self.order)
             for a, s in e[1]:
                 strides[self.position[a]] = s
-            axes = {i for i, s in enumerate(strides) if s} | {a for p in positions for a in self.instrs[p].axes}
+            axes = {i for i, s in enumerate(strides) if s} | {
+                a for p in positions for a in self.instrs[p].axes
+            }
             counter = tuple(strides)
             return self.emit(
-                op, positions, v.dtype, {"strides": counter}, key=counter, axes=tuple(sorted(axes)), node=v.nid
+                op,
+                positions,
+                v.dtype,
+                {"strides": counter},
+                key=counter,
+                axes=tuple(sorted(axes)),
+                node=v.nid,
             )
         if v.kind == REDUCE:
             axes_left = tuple(a for a in self.instrs[positions[0]].axes if a not in self.reduced)
@@ -257,9 +279,7 @@ class BodyEmitter:
         place = place_of(v, self.fusion)
         _, access = self.access(place, m[0], False)
         axes = {i for i, s in enumerate(access.strides) if s} | set(self.instrs[value].axes)
-        self.instrs.append(
-            Raw("store", (value,), v.dtype, tuple(sorted(axes)), {"access": access}, v.nid)
-        )
+        self.instrs.append(Raw("store", (value,), v.dtype, tuple(sorted(axes)), {"access": access}, v.nid))
 
     def body(self) -> LoopBody:
         """The body, of raw instructions: ``coalesce`` makes the final ones."""

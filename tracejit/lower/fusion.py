@@ -103,7 +103,11 @@ class Fusion:
         taken = base.target is not None or (base.layout is not None and base.layout != strides)
         if taken and base is v:
             base = self.copy_of(v)
-        elif taken or (base.kind in (LEAF, OP, PROJ, CONST) and not plain) or (base.required and base.layout is None and not plain):
+        elif (
+            taken
+            or (base.kind in (LEAF, OP, PROJ, CONST) and not plain)
+            or (base.required and base.layout is None and not plain)
+        ):
             base, plain = v, True
         if base is not v:
             self.memory[v] = base
@@ -228,8 +232,16 @@ class Fusion:
         if v.kind == VIEW:
             return True
         for c in regions:
-            if self.caps.max_buffers is not None and v.leaves is not None and len(v.leaves) > 1 and v.size > _SMALL:
-                if self.bound(touched(c, v) | v.leaves) > self.caps.max_buffers - (c.contract is not None) * 2:
+            if (
+                self.caps.max_buffers is not None
+                and v.leaves is not None
+                and len(v.leaves) > 1
+                and v.size > _SMALL
+            ):
+                if (
+                    self.bound(touched(c, v) | v.leaves)
+                    > self.caps.max_buffers - (c.contract is not None) * 2
+                ):
                     return False
             maps = v.maps[c]
             if len(maps) > 1 and (len(maps) > _MAX_MAPS or v.cost * (len(maps) - 1) > 4 * limit):
@@ -240,13 +252,20 @@ class Fusion:
             return True
         if v.leaves is None or v.sure:
             return False
-        if v.size <= _SMALL and v.cost <= _SMALL_COST and len(v.leaves) <= 4 and all(x.size <= _SMALL for x in v.leaves):
+        if (
+            v.size <= _SMALL
+            and v.cost <= _SMALL_COST
+            and len(v.leaves) <= 4
+            and all(x.size <= _SMALL for x in v.leaves)
+        ):
             return True
         failing = 0
         big = [x for x in v.leaves if x.size * 2 > v.size and x.kind != CONST]
         for c in regions:
             extra = sum(x.nbytes for x in big if not self.pending(c, v, x))
-            if not (v.cost <= limit and extra <= 1.25 * v.nbytes) and not (extra == 0 and v.cost <= FREE_FACTOR * limit):
+            if not (v.cost <= limit and extra <= 1.25 * v.nbytes) and not (
+                extra == 0 and v.cost <= FREE_FACTOR * limit
+            ):
                 failing += 1
         return failing <= 1
 
@@ -259,7 +278,9 @@ class Fusion:
 
     def pending(self, c: Cluster, v: Value, leaf: Value) -> bool:
         """True if ``c`` reads ``leaf`` whatever happens to ``v``: something else in it, not made from ``v``, needs it."""
-        return c in leaf.maps or any(w.index < v.index and w.leaves is not None and leaf in w.leaves for w in c.reads)
+        return c in leaf.maps or any(
+            w.index < v.index and w.leaves is not None and leaf in w.leaves for w in c.reads
+        )
 
     def evaluations(self, c: Cluster, m: Map) -> int:
         """How often a value wanted at ``m`` is computed when backends hoist what inner axes do not change."""
@@ -320,7 +341,9 @@ class Fusion:
             if self.caps.max_buffers is not None and v.size > _SMALL and v.kind not in (DOT, OP):
                 if self.bound(touched(c, v) | {v} | (v.leaves or set())) > self.caps.max_buffers:
                     continue
-            if any(r is not c and r.owner is c for r in v.maps) or any(k.desc & c.bit for k in v.consumers if k is not c):
+            if any(r is not c and r.owner is c for r in v.maps) or any(
+                k.desc & c.bit for k in v.consumers if k is not c
+            ):
                 continue
             if len(c.members) <= _MAX_MEMBERS:
                 found.append(c)

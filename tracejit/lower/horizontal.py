@@ -102,7 +102,11 @@ class Merger:
             for other in groups.get(key, ()):
                 kernel = other.kernel
                 assert isinstance(kernel, ContractKernel)
-                if len(kernel.problems) < self.caps.batch_contracts and self.free(item, other) and self.fits(item, other):
+                if (
+                    len(kernel.problems) < self.caps.batch_contracts
+                    and self.free(item, other)
+                    and self.fits(item, other)
+                ):
                     self.join(other, item, self.merged_contract(kernel, item.kernel))
                     break
             else:
@@ -111,7 +115,9 @@ class Merger:
             for item in group:
                 if isinstance(item.kernel, ContractKernel) and len(item.kernel.problems) > 1:
                     n = len(item.kernel.problems)
-                    self.decisions.append(Decision("batched products", item.kernel.nodes, f"{n} products of one shape"))
+                    self.decisions.append(
+                        Decision("batched products", item.kernel.nodes, f"{n} products of one shape")
+                    )
 
     def merged_contract(self, a: ContractKernel, b: ContractKernel) -> Kernel:
         """One kernel for the problems of both."""
@@ -141,7 +147,9 @@ class Merger:
         for item in targets + recent:
             if isinstance(item.kernel, LoopKernel) and len(item.kernel.bodies) > 1:
                 n = len(item.kernel.bodies)
-                self.decisions.append(Decision("horizontal fusion", item.kernel.nodes, f"{n} independent loops"))
+                self.decisions.append(
+                    Decision("horizontal fusion", item.kernel.nodes, f"{n} independent loops")
+                )
 
     def may_merge(self, item: Item, other: Item) -> bool:
         """True if two loop kernels are independent and merging costs nothing that matters."""
@@ -151,7 +159,11 @@ class Merger:
             return False
         if not self.free(item, other) or not self.fits(item, other):
             return False
-        return other.held <= self.slack if item.desc == 0 else other.held + item.held <= self.slack and near(item, other)
+        return (
+            other.held <= self.slack
+            if item.desc == 0
+            else other.held + item.held <= self.slack and near(item, other)
+        )
 
     def merged_loop(self, a: LoopKernel, b: LoopKernel) -> Kernel:
         """One kernel with the bodies of both."""

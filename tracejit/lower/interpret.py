@@ -13,7 +13,16 @@ import numpy as np
 
 from tracejit.ops import registry
 from tracejit.ops.creation import threefry2x32
-from tracejit.program import Access, AttentionKernel, Contract, ContractKernel, LoopBody, LoopKernel, OpKernel, Program
+from tracejit.program import (
+    Access,
+    AttentionKernel,
+    Contract,
+    ContractKernel,
+    LoopBody,
+    LoopKernel,
+    OpKernel,
+    Program,
+)
 
 _POISON = 0xA5  # untouched arena bytes: neither zero nor anything plausible
 
@@ -44,7 +53,9 @@ class Memory:
                 flat = flat.view()
                 flat.flags.writeable = False
             elif b.kind == "const":
-                flat = np.ascontiguousarray(program.constants[b.index]).reshape(-1).astype(b.dtype, copy=False)
+                flat = (
+                    np.ascontiguousarray(program.constants[b.index]).reshape(-1).astype(b.dtype, copy=False)
+                )
             elif b.kind == "temp" and b.offset is not None:
                 flat = arena[b.offset : b.offset + b.nbytes].view(b.dtype)
             else:
@@ -101,7 +112,12 @@ def run_body(body: LoopBody, memory: Memory, acc: np.ndarray | None = None) -> N
         elif i.op == "store":
             access: Access = i.attrs["access"]
             pending.append(
-                (memory.data[access.buffer], _address(access.strides, access.offset, domain), args[1:], args[0])
+                (
+                    memory.data[access.buffer],
+                    _address(access.strides, access.offset, domain),
+                    args[1:],
+                    args[0],
+                )
             )
         elif i.op == "reduce":
             result = _reduce(i.attrs["kind"], args[0], domain, red)
@@ -162,7 +178,9 @@ def _reduce(kind: str, value: np.ndarray, domain: tuple[int, ...], red: tuple[in
     if kind in ("argmax", "argmin"):
         moved = np.moveaxis(value, red, tuple(range(rank - len(red), rank)))
         flat = moved.reshape(*moved.shape[: rank - len(red)], -1)
-        return np.asarray(registry.get(kind).reference(flat, axis=flat.ndim - 1)).astype(np.int64).reshape(kept)
+        return (
+            np.asarray(registry.get(kind).reference(flat, axis=flat.ndim - 1)).astype(np.int64).reshape(kept)
+        )
     return np.asarray(registry.get(kind).reference(value, axes=red)).reshape(kept)
 
 
@@ -196,7 +214,9 @@ def run_attention(k: AttentionKernel, memory: Memory) -> None:
     def put(access: Access | None, value: np.ndarray, *tail: int) -> None:
         assert access is not None
         data = memory.data[access.buffer]
-        address = np.broadcast_to(_address(access.strides, access.offset, (*k.batch, *tail)), (*k.batch, *tail))
+        address = np.broadcast_to(
+            _address(access.strides, access.offset, (*k.batch, *tail)), (*k.batch, *tail)
+        )
         data[address.reshape(-1)] = value.astype(data.dtype).reshape(-1)
 
     q, key, v = view(k.q, k.tq, k.d), view(k.k, k.tk, k.d), view(k.v, k.tk, k.dv_dim)

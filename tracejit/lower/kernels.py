@@ -90,9 +90,7 @@ class KernelBuilder:
         if not any(i.op == "store" for i in body.instrs):
             return None
         body = coalesce(body)
-        return costs.finish(
-            LoopKernel(self.name(c), self.nodes(c), (), (), bodies=(body,)), self.buffers
-        )
+        return costs.finish(LoopKernel(self.name(c), self.nodes(c), (), (), bodies=(body,)), self.buffers)
 
     def nodes(self, c: Cluster) -> tuple[int, ...]:
         """Graph nodes that a cluster covers."""
@@ -131,8 +129,13 @@ class KernelBuilder:
             mine = [a for d, n in zip(dims, names, strict=True) if n == name for a in d]
             refine(c, mine, region, region.groups[name], v)
         dims = self.dim_axes(c, v)
-        order = {name: [a for d, n in zip(dims, names, strict=True) if n == name for a in d] for name in ("batch", "m", "n")}
-        if [c.sizes[a] for n in order for a in order[n]] != [region.sizes[a] for n in order for a in region.groups[n]]:
+        order = {
+            name: [a for d, n in zip(dims, names, strict=True) if n == name for a in d]
+            for name in ("batch", "m", "n")
+        }
+        if [c.sizes[a] for n in order for a in order[n]] != [
+            region.sizes[a] for n in order for a in region.groups[n]
+        ]:
             raise Unfusable(v.nid)
         body = BodyEmitter(c, [a for n in order for a in order[n]], self.fusion, self.id_of).body()
         axes = [a for n in ("batch", "m", "n", "k") for a in region.groups[n]]
@@ -272,6 +275,10 @@ def split_k(p: Contract, parts: int, size: int, at_k: int) -> Contract:
         instrs.append(Instr(i.op, i.args, i.dtype, axes, attrs, i.node))
     body = LoopBody((parts, *p.epilogue.domain), tuple(instrs))
     return replace(
-        p, batch=(parts, *p.batch), k=(*p.k[:at_k], outer, *p.k[at_k + 1 :]), a=operand(p.a), b=operand(p.b), epilogue=body
+        p,
+        batch=(parts, *p.batch),
+        k=(*p.k[:at_k], outer, *p.k[at_k + 1 :]),
+        a=operand(p.a),
+        b=operand(p.b),
+        epilogue=body,
     )
-

@@ -44,7 +44,9 @@ def aligned(n: int) -> int:
     return max(1, -(-n // ALIGN)) * ALIGN
 
 
-def plan(kernels: Sequence[Kernel], buffers: Sequence[Buffer], separate: bool) -> tuple[list[Buffer], int, int]:
+def plan(
+    kernels: Sequence[Kernel], buffers: Sequence[Buffer], separate: bool
+) -> tuple[list[Buffer], int, int]:
     """(buffers with offsets, arena size, live bound). With ``separate`` every temporary keeps a buffer of its own."""
     alive = lives(kernels, buffers)
     bound = live_bound(alive.values(), len(kernels))
@@ -144,7 +146,9 @@ def place(chains: Sequence[Chain]) -> int:
     arena = 0
     placed: list[Chain] = []
     for c in sorted(chains, key=lambda c: (-c.size, c.first)):
-        busy = sorted((p.offset, p.offset + p.size) for p in placed if p.first <= c.last and c.first <= p.last)
+        busy = sorted(
+            (p.offset, p.offset + p.size) for p in placed if p.first <= c.last and c.first <= p.last
+        )
         at = 0
         best: int | None = None
         best_gap = 0

@@ -65,7 +65,14 @@ class Prepared:
     # -- building ----------------------------------------------------------------------------------
 
     def make(
-        self, op: str, kind: str, inputs: Sequence[Value], attrs: Mapping[str, Any], shape: Shape, dtype: DType, nid: int
+        self,
+        op: str,
+        kind: str,
+        inputs: Sequence[Value],
+        attrs: Mapping[str, Any],
+        shape: Shape,
+        dtype: DType,
+        nid: int,
     ) -> Value:
         """A new value."""
         v = Value(op, kind, inputs, attrs, shape, dtype, nid)
@@ -100,7 +107,9 @@ class Prepared:
             x, perm = x.inputs[0], tuple(inner[p] for p in perm)
         if perm == tuple(range(len(perm))):
             return x
-        return self.make("transpose", VIEW, (x,), {"perm": perm}, tuple(x.shape[p] for p in perm), x.dtype, nid)
+        return self.make(
+            "transpose", VIEW, (x,), {"perm": perm}, tuple(x.shape[p] for p in perm), x.dtype, nid
+        )
 
     def broadcast(self, x: Value, shape: Shape, nid: int = -1) -> Value:
         """``x`` broadcast to ``shape``."""
@@ -117,9 +126,13 @@ class Prepared:
         shape = tuple(-(-(b - a) // s) for a, b, s in zip(start, stop, step, strict=True))
         if shape == x.shape:
             return x
-        return self.make("slice", VIEW, (x,), {"start": start, "stop": stop, "step": step}, shape, x.dtype, nid)
+        return self.make(
+            "slice", VIEW, (x,), {"start": start, "stop": stop, "step": step}, shape, x.dtype, nid
+        )
 
-    def map(self, op: str, inputs: Sequence[Value], dtype: DType, nid: int, attrs: Mapping[str, Any] | None = None) -> Value:
+    def map(
+        self, op: str, inputs: Sequence[Value], dtype: DType, nid: int, attrs: Mapping[str, Any] | None = None
+    ) -> Value:
         """An elementwise op."""
         return self.make(op, MAP, inputs, attrs or {}, inputs[0].shape, dtype, nid)
 
@@ -144,7 +157,9 @@ class Prepared:
             return self.make(name, LEAF, (), attrs, shape, dtype, nid)
         if name == "const":
             return self.const(attrs["value"], dtype, nid)
-        if name in ("identity", "stop_gradient", "barrier") or (name == "convert" and inputs[0].dtype == dtype):
+        if name in ("identity", "stop_gradient", "barrier") or (
+            name == "convert" and inputs[0].dtype == dtype
+        ):
             return inputs[0]
         if name == "print":
             v = self.make(name, OP, inputs, attrs, shape, dtype, nid)
@@ -179,7 +194,14 @@ class Prepared:
         return self.make(name, OP, inputs, attrs, shape, dtype, nid)
 
     def _forced(
-        self, node: Any, name: str, attrs: Mapping[str, Any], inputs: list[Value], shape: Shape, dtype: DType, nid: int
+        self,
+        node: Any,
+        name: str,
+        attrs: Mapping[str, Any],
+        inputs: list[Value],
+        shape: Shape,
+        dtype: DType,
+        nid: int,
     ) -> Value:
         if any(i.size == 0 for i in inputs):
             if name in _IDENTITY:
@@ -261,7 +283,9 @@ class Prepared:
         v.segments = (axis, tuple(parts))
         return v
 
-    def _elementwise(self, name: str, attrs: Mapping[str, Any], inputs: list[Value], dtype: DType, nid: int) -> Value:
+    def _elementwise(
+        self, name: str, attrs: Mapping[str, Any], inputs: list[Value], dtype: DType, nid: int
+    ) -> Value:
         if name == "add":
             a, b = inputs
             if a.segments is not None and b.segments is not None:
@@ -280,7 +304,9 @@ class Prepared:
             inputs = [self._maximum[inputs[0], 0.0], inputs[1]]
         return self.map(name, inputs, dtype, nid, attrs)
 
-    def _dot(self, attrs: Mapping[str, Any], inputs: list[Value], shape: Shape, dtype: DType, nid: int) -> Value:
+    def _dot(
+        self, attrs: Mapping[str, Any], inputs: list[Value], shape: Shape, dtype: DType, nid: int
+    ) -> Value:
         a, b = inputs
         lb, rb, lc, rc = (attrs[k] for k in ("lhs_batch", "rhs_batch", "lhs_contract", "rhs_contract"))
         lf = tuple(i for i in range(len(a.shape)) if i not in lb and i not in lc)

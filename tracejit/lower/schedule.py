@@ -45,7 +45,9 @@ def order(kernels: Sequence[Kernel], buffers: Sequence[Buffer], ranks: Sequence[
                 readers[b] = readers.get(b, 0) + 1
 
     def growth(i: int) -> int:
-        new = sum(buffers[b].nbytes for b in kernels[i].writes if buffers[b].kind == "temp" and b not in alive)
+        new = sum(
+            buffers[b].nbytes for b in kernels[i].writes if buffers[b].kind == "temp" and b not in alive
+        )
         dead = sum(buffers[b].nbytes for b in kernels[i].reads if readers.get(b) == 1)
         return new - dead
 
@@ -105,7 +107,12 @@ def dependencies(kernels: Sequence[Kernel], buffers: Sequence[Buffer]) -> list[K
         for i in range(j - 1, -1, -1):
             if covered >> i & 1:
                 continue
-            if overlap(written[i], r) or overlap(written[i], w) or overlap(read[i], w) or (i == printed and is_print(k)):
+            if (
+                overlap(written[i], r)
+                or overlap(written[i], w)
+                or overlap(read[i], w)
+                or (i == printed and is_print(k))
+            ):
                 after.append(i)
                 covered |= reach[i] | 1 << i
         if is_print(k):

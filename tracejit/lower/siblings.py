@@ -74,7 +74,8 @@ def mergeable(fusion: Fusion, a: Cluster, b: Cluster) -> bool:
     forward, back = a.desc & b.bit, b.desc & a.bit
     for first, second, path in ((a, b, forward), (b, a, back)):
         if path and any(
-            k is not first and k is not second and first.desc & k.bit and k.desc & second.bit for k in fusion.clusters
+            k is not first and k is not second and first.desc & k.bit and k.desc & second.bit
+            for k in fusion.clusters
         ):
             return False
     axes = axis_map(a, b)

@@ -92,7 +92,9 @@ def kernel_key(k: Kernel, buffers: Sequence[Buffer]) -> tuple[Hashable, tuple[in
     else:
         attrs = []
         for name, v in sorted(k.attrs.items()):
-            attrs.append((name, id(v) if isinstance(v, Program) or not isinstance(v, Hashable) else attr_key(v)))
+            attrs.append(
+                (name, id(v) if isinstance(v, Program) or not isinstance(v, Hashable) else attr_key(v))
+            )
         places = tuple((keys.buffer(b), shape) for b, shape in (*k.operands, *k.results))
         key = ("op", k.op, tuple(attrs), places, keys.body(k.epilogue) if k.epilogue else None)
     return key, tuple(keys.order)

@@ -33,7 +33,9 @@ def dtype_name(dtype: Any) -> str:
 
 def program_text(program: Program, *, bodies: bool = True, costs: bool = True) -> str:
     """The whole program: buffers, kernels (with their instructions unless ``bodies`` is False), fusion report."""
-    out = [f"program {program.name}: {len(program.kernels)} kernels, arena {program.arena} bytes (live bound {program.live_bound})"]
+    out = [
+        f"program {program.name}: {len(program.kernels)} kernels, arena {program.arena} bytes (live bound {program.live_bound})"
+    ]
     for b in program.buffers:
         where = f" at {b.offset}" if b.offset is not None else ""
         index = f" {b.index}" if b.index >= 0 else ""
@@ -50,7 +52,9 @@ def program_text(program: Program, *, bodies: bool = True, costs: bool = True) -
 
 def kernel_lines(position: int, k: Kernel, *, bodies: bool = True, costs: bool = True) -> list[str]:
     """One kernel as lines of text."""
-    kind = {LoopKernel: "loop", ContractKernel: "contract", AttentionKernel: "attention", OpKernel: "op"}[type(k)]
+    kind = {LoopKernel: "loop", ContractKernel: "contract", AttentionKernel: "attention", OpKernel: "op"}[
+        type(k)
+    ]
     head = f"k{position} {kind} {k.name} reads {list(k.reads)} writes {list(k.writes)} after {list(k.after)}"
     if costs:
         head += f" [{k.bytes} B, {k.flops} flop]"
@@ -62,7 +66,9 @@ def kernel_lines(position: int, k: Kernel, *, bodies: bool = True, costs: bool =
         for p in k.problems:
             out += contract_lines(p, bodies)
     elif isinstance(k, AttentionKernel):
-        out.append(f"  batch {list(k.batch)} tq {k.tq} tk {k.tk} d {k.d} dv {k.dv_dim} scale {k.scale:g} causal {k.causal} grad {k.grad}")
+        out.append(
+            f"  batch {list(k.batch)} tq {k.tq} tk {k.tk} d {k.d} dv {k.dv_dim} scale {k.scale:g} causal {k.causal} grad {k.grad}"
+        )
         for name in ("q", "k", "v", "mask", "out", "lse", "dout", "dq", "dk", "dv"):
             access = getattr(k, name)
             if access is not None:

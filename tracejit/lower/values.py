@@ -64,7 +64,14 @@ class Value:
     )  # fmt: skip
 
     def __init__(
-        self, op: str, kind: str, inputs: Sequence[Value], attrs: Mapping[str, Any], shape: Shape, dtype: DType, nid: int
+        self,
+        op: str,
+        kind: str,
+        inputs: Sequence[Value],
+        attrs: Mapping[str, Any],
+        shape: Shape,
+        dtype: DType,
+        nid: int,
     ) -> None:
         self.op = op
         self.kind = kind

@@ -1,0 +1,161 @@
+"""Real clicks, wheel turns and keys: the window under Xvfb, driven by xdotool, watched through its title and pixels."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+pytestmark = [
+    pytest.mark.gui,
+    pytest.mark.skipif(
+        not (shutil.which("Xvfb") and shutil.which("xdotool")), reason="needs Xvfb and xdotool (Linux only)"
+    ),
+]
+SIZE = (1280, 800)
+
+
+class Desktop:
+    """An X server of our own with one viewer window."""
+
+    def __init__(self, argv: list[str], cwd: Path) -> None:
+        read, write = os.pipe()
+        self.server = subprocess.Popen(
+            ["Xvfb", "-displayfd", str(write), "-screen", "0", f"{SIZE[0]}x{SIZE[1]}x24", "-nolisten", "tcp"],
+            pass_fds=[write],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        os.close(write)
+        with os.fdopen(read) as pipe:
+            self.env = {**os.environ, "DISPLAY": f":{pipe.readline().strip()}", "SDL_VIDEO_WINDOW_POS": "0,0"}
+        self.env.pop("SDL_VIDEODRIVER", None)
+        self.env["PYTHONPATH"] = os.pathsep.join(p for p in sys.path if p)
+        self.app = subprocess.Popen([sys.executable, *argv], env=self.env, cwd=cwd, stderr=subprocess.PIPE)
+        self.window = self.wait(self._find, 30)
+
+    def wait(self, question, seconds: float = 10.0):
+        end = time.monotonic() + seconds
+        while time.monotonic() < end:
+            if answer := question():
+                return answer
+            if self.app.poll() not in (None, 0):
+                pytest.fail(self.app.stderr.read().decode())
+            time.sleep(0.05)
+        pytest.fail(f"timed out; the title is {self.title()!r}")
+
+    def do(self, *args: object) -> str:
+        done = subprocess.run(["xdotool", *map(str, args)], env=self.env, capture_output=True, text=True)
+        return done.stdout.strip()
+
+    def _find(self) -> str:
+        return self.do("search", "--name", "^tracejit ").split("\n")[0]
+
+    def title(self) -> str:
+        return self.do("getwindowname", self.window) if getattr(self, "window", "") else ""
+
+    def shows(self, *words: str) -> None:
+        self.wait(lambda: all(w in self.title() for w in words))
+
+    def key(self, *keys: str) -> None:
+        self.do("windowfocus", self.window)
+        for k in keys:
+            self.do("key", "--window", self.window, k)
+            time.sleep(0.15)
+
+    def click(self, x: int, y: int, button: int = 1) -> None:
+        self.do("mousemove", x, y)
+        time.sleep(0.1)
+        self.do("click", button)
+        time.sleep(0.15)
+
+    def pixels(self):
+        from PIL import ImageGrab
+
+        return ImageGrab.grab(xdisplay=self.env["DISPLAY"]).convert("RGB")
+
+    def close(self) -> None:
+        for p in (self.app, self.server):
+            p.kill()
+            p.wait()
+        self.app.stderr.close()
+
+
+@pytest.fixture
+def desktop(recording, tmp_path):
+    code = "import sys; from tracejit_viz.cli import main_view; sys.exit(main_view(sys.argv[1:]))"
+    d = Desktop(["-c", code, str(recording), "--size", f"{SIZE[0]}x{SIZE[1]}"], tmp_path)
+    yield d
+    d.close()
+
+
+def card_position(recording: Path, category: str) -> tuple[int, int, int]:
+    """Where a card lies in a window of that size, from the same layout: (node, x, y)."""
+    from tracejit_viz.export import Shot, Stage
+    from tracejit_viz.recording import load_recording
+
+    stage = Stage(next(iter(load_recording(recording).sessions.values())), Shot(size=SIZE))
+    scene, v = stage.scene, stage.window.view
+    i = next(int(i) for i in scene.shown if scene.items[i].category == category and scene.items[i].kind == "node")
+    x, y, w, h = scene.rects[i]
+    sx, sy = stage.camera.to_view(x + w / 2, y + h / 2)
+    return scene.items[i].head, round(v.centerx + sx), round(v.centery + sy)
+
+
+def differing(a, b) -> float:
+    import numpy as np
+
+    d = abs(np.asarray(a).astype(int) - np.asarray(b).astype(int)).max(axis=2)
+    return float((d > 25).mean())
+
+
+def test_mouse_and_keyboard(desktop, recording, tmp_path):
+    d = desktop
+    d.shows("random3", "playing")
+    d.key("space")
+    d.shows("paused")
+    node, x, y = card_position(recording, "contraction")
+    d.click(x, y)
+    d.shows(f"#{node}")
+    d.key("Escape")
+    d.wait(lambda: f"#{node}" not in d.title())
+    still = d.pixels()
+    d.do("mousemove", x, y)
+    for _ in range(4):
+        d.do("click", 4)  # wheel up: zoom in
+    d.wait(lambda: differing(still, d.pixels()) > 0.05)
+    d.key("f")
+    d.wait(lambda: differing(still, d.pixels()) < 0.03)
+    d.key("question")
+    d.wait(lambda: differing(still, d.pixels()) > 0.1)
+    d.key("Escape")
+    d.wait(lambda: differing(still, d.pixels()) < 0.03)
+    d.key("s")
+    d.wait(lambda: (tmp_path / "tracejit-001.png").exists())
+    d.key("space")
+    d.shows("playing")
+
+
+def test_dragging_the_timeline_pauses_and_typing_searches(desktop):
+    d = desktop
+    d.shows("playing")
+    d.do("mousemove", 300, SIZE[1] - 110, "mousedown", 1, "mousemove", 500, SIZE[1] - 110)
+    time.sleep(0.2)
+    d.do("mouseup", 1)
+    d.shows("paused")
+    before = d.pixels()
+    d.key("slash", "m", "a", "t", "m", "u", "l")
+    d.wait(lambda: differing(before, d.pixels()) > 0.005)
+
+
+def test_closing_the_window_ends_the_program(desktop):
+    d = desktop
+    d.shows("playing")
+    d.do("windowclose", d.window)
+    d.do("windowquit", d.window)
+    d.wait(lambda: d.app.poll() is not None)
