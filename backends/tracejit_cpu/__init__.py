@@ -45,7 +45,11 @@ class CpuBackend:
 
             here = host()
             text = f"{here.arch}, {here.vector_bytes * 8}-bit vectors, {thread_count()} threads"
-            properties = {"threads": thread_count(), "vector_bits": here.vector_bytes * 8, "features": here.features}
+            properties = {
+                "threads": thread_count(),
+                "vector_bits": here.vector_bytes * 8,
+                "features": here.features,
+            }
             return [DeviceInfo("cpu", "cpu", "cpu", True, text, properties=properties)]
         except Exception as error:  # a broken llvmlite must not break the listing
             return [DeviceInfo("cpu", "cpu", "cpu", False, "native CPU", f"{type(error).__name__}: {error}")]

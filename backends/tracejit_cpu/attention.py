@@ -107,7 +107,9 @@ class AttentionCompiler:
             out[n] = fn.gep(f"%arg{self.buffers.index(access.buffer)}", offset, mem)
         return out
 
-    def _copy(self, fn: Fn, name: str, pointer: str, rows: int, columns: int, all_rows: int, pitch: int) -> str:
+    def _copy(
+        self, fn: Fn, name: str, pointer: str, rows: int, columns: int, all_rows: int, pitch: int
+    ) -> str:
         """Copy a whole operand of a head to scratch."""
         access: Access = getattr(self.k, name)
         mem = memory_type(self.dtype_of(access.buffer))
@@ -145,7 +147,18 @@ class AttentionCompiler:
                     f"call void @{mk}(ptr {ap}, i64 {rs}, i64 {ks}, ptr {bp}, i64 {bs}, i64 {depth}, ptr {to}, i64 {add})"
                 )
 
-    def _store_rows(self, fn: Fn, name: str, pointer: str, first: str, rows: str, columns: int, acc: str, step: int, scale: str | None) -> None:
+    def _store_rows(
+        self,
+        fn: Fn,
+        name: str,
+        pointer: str,
+        first: str,
+        rows: str,
+        columns: int,
+        acc: str,
+        step: int,
+        scale: str | None,
+    ) -> None:
         """Write accumulator rows [panel][row][nr] to an operand, row r scaled by scale[r]."""
         t, ty, lanes = self.tile, self.ty, self.tile.lanes
         access: Access = getattr(self.k, name)
@@ -173,7 +186,9 @@ class AttentionCompiler:
                     to = fn.op(f"getelementptr {mem}, ptr {start}, <{lanes} x i64> {iota('i64', lanes, cs)}")
                     fn.scatter(mem, x, to, lanes, mask or const(True, "i1", lanes))
 
-    def _score(self, fn: Fn, n: mathlib.Num, raw: str, row: str, key: str, limit: str, pointer: str | None) -> str:
+    def _score(
+        self, fn: Fn, n: mathlib.Num, raw: str, row: str, key: str, limit: str, pointer: str | None
+    ) -> str:
         """scale * s + mask for the lanes ``key...``; -inf at and beyond ``limit``."""
         lanes, ty = self.tile.lanes, self.ty
         x = n.mul(raw, n.c(self.k.scale)) if self.k.scale != 1.0 else raw
@@ -187,7 +202,9 @@ class AttentionCompiler:
             stride = access.strides[-1]
             start = fn.gep(base, fn.imul(key, stride), mem)
             if stride == 1:
-                m = fn.masked_load(mem, start, lanes, live, const(0, mem, lanes) if mem != "half" else "zeroinitializer")
+                m = fn.masked_load(
+                    mem, start, lanes, live, const(0, mem, lanes) if mem != "half" else "zeroinitializer"
+                )
             else:
                 at = fn.op(f"getelementptr {mem}, ptr {start}, <{lanes} x i64> {iota('i64', lanes, stride)}")
                 m = fn.gather(mem, at, lanes, live, "zeroinitializer")
@@ -195,7 +212,16 @@ class AttentionCompiler:
                 on = fn.op(f"icmp ne <{lanes} x i8> {m}, zeroinitializer")
                 live = fn.op(f"and <{lanes} x i1> {live}, {on}")
             else:
-                x = n.add(x, mathlib.convert(fn, self._wide(fn, m, mem), self._mask_dtype(dtype), np.dtype(np.float32 if ty == "float" else np.float64), lanes))
+                x = n.add(
+                    x,
+                    mathlib.convert(
+                        fn,
+                        self._wide(fn, m, mem),
+                        self._mask_dtype(dtype),
+                        np.dtype(np.float32 if ty == "float" else np.float64),
+                        lanes,
+                    ),
+                )
         return n.select(live, x, n.c(-math.inf))
 
     def _wide(self, fn: Fn, value: str, mem: str) -> str:
@@ -246,11 +272,16 @@ class AttentionCompiler:
                 keys = self._keys(fn, first)
                 panels = fn.op(f"udiv i64 {keys}, {t.nr}")
                 step = self.block * t.nr
-                self._product(fn, self.block, panels, qc, self.dp, 1, kt, t.nr * self.dp, t.nr, k.d, scores, step, 0)
+                self._product(
+                    fn, self.block, panels, qc, self.dp, 1, kt, t.nr * self.dp, t.nr, k.d, scores, step, 0
+                )
                 with fn.loop(0, rows) as r:
                     row = fn.iadd(first, r)
                     limit = self._limit(fn, row)
-                    source, target = fn.gep(scores, fn.imul(r, t.nr), ty), fn.gep(probs, fn.imul(r, self.tk), ty)
+                    source, target = (
+                        fn.gep(scores, fn.imul(r, t.nr), ty),
+                        fn.gep(probs, fn.imul(r, self.tk), ty),
+                    )
                     top = fn.var(full, n.c(-math.inf))
                     with fn.loop(0, panels) as p:
                         for v in range(t.nv):
@@ -278,14 +309,18 @@ class AttentionCompiler:
                     total = one.select(empty, one.c(math.nan), total)
                     fn.store(ty, one.div(one.c(1.0), total), fn.gep(inverse, r, ty))
                     if k.lse is not None:
-                        lse = one.add(peak, mathlib.emit(fn, "log", [total], [self._dtype()], self._dtype(), 1, {}))
+                        lse = one.add(
+                            peak, mathlib.emit(fn, "log", [total], [self._dtype()], self._dtype(), 1, {})
+                        )
                         dtype = self.dtype_of(k.lse.buffer)
                         mem = memory_type(dtype)
                         if mem == "half":
                             lse = fn.op(f"fptrunc float {lse} to half")
                         fn.store(mem, lse, fn.gep(at["lse"], fn.imul(row, k.lse.strides[-1]), mem))
                 depth = fn.imin(keys, k.tk)
-                self._product(fn, self.block, self.vp // t.nr, probs, self.tk, 1, vc, t.nr, self.vp, depth, acc, step, 0)
+                self._product(
+                    fn, self.block, self.vp // t.nr, probs, self.tk, 1, vc, t.nr, self.vp, depth, acc, step, 0
+                )
                 self._store_rows(fn, "out", at["out"], first, rows, k.dv_dim, acc, step, inverse)
         fn.finish()
         return self._finish(fn, self.heads * groups, 2)
@@ -296,7 +331,9 @@ class AttentionCompiler:
     def _exp(self, fn: Fn, n: mathlib.Num, x: str) -> str:
         return mathlib.emit(fn, "exp", [x], [self._dtype()], self._dtype(), n.lanes, {})
 
-    def _copy_block(self, fn: Fn, name: str, pointer: str, first: str, rows: str, columns: int, dst: str, pitch: int) -> None:
+    def _copy_block(
+        self, fn: Fn, name: str, pointer: str, first: str, rows: str, columns: int, dst: str, pitch: int
+    ) -> None:
         """Copy one block of query rows, padded to a whole block."""
         access: Access = getattr(self.k, name)
         mem = memory_type(self.dtype_of(access.buffer))
@@ -346,17 +383,53 @@ class AttentionCompiler:
                 self._copy_block(fn, "out", at["out"], first, rows, k.dv_dim, oc, self.vp)
                 keys = self._keys(fn, first)
                 panels = fn.op(f"udiv i64 {keys}, {t.nr}")
-                self._product(fn, self.block, panels, qc, self.dp, 1, kt, t.nr * self.dp, t.nr, k.d, scores, step, 0)
-                self._product(fn, self.block, panels, gc, self.vp, 1, vt, t.nr * self.vp, t.nr, k.dv_dim, dprobs, step, 0)
+                self._product(
+                    fn, self.block, panels, qc, self.dp, 1, kt, t.nr * self.dp, t.nr, k.d, scores, step, 0
+                )
+                self._product(
+                    fn,
+                    self.block,
+                    panels,
+                    gc,
+                    self.vp,
+                    1,
+                    vt,
+                    t.nr * self.vp,
+                    t.nr,
+                    k.dv_dim,
+                    dprobs,
+                    step,
+                    0,
+                )
                 with fn.loop(0, rows) as r:
-                    self._row_grad(fn, n, r, first, panels, step, at, (gc, oc, scores, dprobs, probs, dscores))
+                    self._row_grad(
+                        fn, n, r, first, panels, step, at, (gc, oc, scores, dprobs, probs, dscores)
+                    )
                 depth = fn.imin(keys, k.tk)
                 # dq = dS K;  dv += P^T dO;  dk += dS^T Q
-                self._product(fn, self.block, self.dp // t.nr, dscores, self.tk, 1, kc, t.nr, self.dp, depth, dq, step, 0)
+                self._product(
+                    fn,
+                    self.block,
+                    self.dp // t.nr,
+                    dscores,
+                    self.tk,
+                    1,
+                    kc,
+                    t.nr,
+                    self.dp,
+                    depth,
+                    dq,
+                    step,
+                    0,
+                )
                 self._store_rows(fn, "dq", at["dq"], first, rows, k.d, dq, step, None)
                 tall = self.tk * t.nr
-                self._product(fn, keys, self.vp // t.nr, probs, 1, self.tk, gc, t.nr, self.vp, rows, dv, tall, 1)
-                self._product(fn, keys, self.dp // t.nr, dscores, 1, self.tk, qc, t.nr, self.dp, rows, dk, tall, 1)
+                self._product(
+                    fn, keys, self.vp // t.nr, probs, 1, self.tk, gc, t.nr, self.vp, rows, dv, tall, 1
+                )
+                self._product(
+                    fn, keys, self.dp // t.nr, dscores, 1, self.tk, qc, t.nr, self.dp, rows, dk, tall, 1
+                )
             tall = self.tk * t.nr
             self._store_rows(fn, "dk", at["dk"], "0", str(k.tk), k.d, dk, tall, None)
             self._store_rows(fn, "dv", at["dv"], "0", str(k.tk), k.dv_dim, dv, tall, None)
@@ -365,7 +438,15 @@ class AttentionCompiler:
         return self._finish(fn, self.heads, 5)
 
     def _row_grad(
-        self, fn: Fn, n: mathlib.Num, r: str, first: str, panels: str, step: int, at: dict[str, str], scratch: tuple[str, ...]
+        self,
+        fn: Fn,
+        n: mathlib.Num,
+        r: str,
+        first: str,
+        panels: str,
+        step: int,
+        at: dict[str, str],
+        scratch: tuple[str, ...],
     ) -> None:
         """Probabilities and score gradients of one query row."""
         k, t, ty, lanes = self.k, self.tile, self.ty, self.tile.lanes
@@ -393,7 +474,9 @@ class AttentionCompiler:
             for v in range(t.nv):
                 key = fn.iadd(fn.imul(p, t.nr), v * lanes)
                 here = fn.iadd(source, fn.iadd(fn.imul(p, step), v * lanes))
-                x = self._score(fn, n, fn.load(ty, fn.gep(scores, here, ty), lanes), row, key, limit, at.get("mask"))
+                x = self._score(
+                    fn, n, fn.load(ty, fn.gep(scores, here, ty), lanes), row, key, limit, at.get("mask")
+                )
                 e = self._exp(fn, n, n.sub(x, lse))
                 d = n.sub(fn.load(ty, fn.gep(dprobs, here, ty), lanes), delta)
                 ds = n.mul(n.mul(e, d), n.c(k.scale))
@@ -402,7 +485,9 @@ class AttentionCompiler:
                 fn.store(ty, ds, fn.gep(dscores, there, ty), lanes)
 
 
-def compile_attention(module: Module, k: AttentionKernel, dtype_of: DtypeOf, name: str) -> tuple[Compiled, list[int]]:
+def compile_attention(
+    module: Module, k: AttentionKernel, dtype_of: DtypeOf, name: str
+) -> tuple[Compiled, list[int]]:
     """Emit an attention kernel; returns its stage and the program buffers behind its pointers."""
     compiler = AttentionCompiler(module, k, dtype_of, name)
     compiled = compiler.backward() if k.grad else compiler.forward()

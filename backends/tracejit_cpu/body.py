@@ -86,7 +86,10 @@ def merge_axes(body: LoopBody, keep: Sequence[int] = ()) -> list[list[int]]:
 
 
 def localize(
-    body: LoopBody, dtype_of: Callable[[int], np.dtype], groups: list[list[int]] | None = None, resolve: bool = True
+    body: LoopBody,
+    dtype_of: Callable[[int], np.dtype],
+    groups: list[list[int]] | None = None,
+    resolve: bool = True,
 ) -> Local:
     """Rewrite ``body`` onto merged axes and local buffer numbers."""
     groups = merge_axes(body) if groups is None else groups
@@ -160,7 +163,9 @@ def lanes_for(instrs: Sequence[Ins], vector_bytes: int) -> int:
     if floats:
         return vector_bytes // max(floats)
     memory = [i.dtype.itemsize for i in instrs if i.buffer >= 0]
-    return vector_bytes // min(max(memory, default=4), 8) if max(memory, default=4) >= 4 else vector_bytes // 4
+    return (
+        vector_bytes // min(max(memory, default=4), 8) if max(memory, default=4) >= 4 else vector_bytes // 4
+    )
 
 
 class Emitter:
@@ -295,17 +300,29 @@ class Emitter:
             pointer = fn.gep(self.pointers[ins.buffer], base, ty)
             if ins.predicate >= 0:
                 dummy = fn.var(ty)
-                fn.set(ty, const(fill, ty) if ty != "half" else f"0xH{np.float16(fill).view(np.uint16):04X}", dummy)
+                fn.set(
+                    ty,
+                    const(fill, ty) if ty != "half" else f"0xH{np.float16(fill).view(np.uint16):04X}",
+                    dummy,
+                )
                 pointer = fn.op(f"select i1 {self.raw(ins.predicate, u)}, ptr {pointer}, ptr {dummy}")
             return self._from_memory(fn.load(ty, pointer), ins.dtype, 1)
         lanes = self.lanes
         base, per_lane = self._address(ins, u)
         stride = ins.strides[self.vaxis]
         mask = self._live_mask(ins, u)
-        filler = const(fill, ty, lanes) if ty != "half" else f"splat (half 0xH{np.float16(fill).view(np.uint16):04X})"
+        filler = (
+            const(fill, ty, lanes)
+            if ty != "half"
+            else f"splat (half 0xH{np.float16(fill).view(np.uint16):04X})"
+        )
         if per_lane is None and stride == 1:
             pointer = fn.gep(self.pointers[ins.buffer], base, ty)
-            raw = fn.load(ty, pointer, lanes) if mask is None else fn.masked_load(ty, pointer, lanes, mask, filler)
+            raw = (
+                fn.load(ty, pointer, lanes)
+                if mask is None
+                else fn.masked_load(ty, pointer, lanes, mask, filler)
+            )
         elif per_lane is None and stride == -1 and mask is None:
             pointer = fn.gep(self.pointers[ins.buffer], fn.iadd(base, 1 - lanes), ty)
             forward = fn.load(ty, pointer, lanes)
@@ -366,7 +383,9 @@ class Emitter:
             out = self._divide_by_row(ins, u, lanes, ty)
         else:
             args = [self.value(a, u, lanes) for a in ins.args]
-            out = mathlib.emit(fn, ins.op, args, [self.local.instrs[a].dtype for a in ins.args], ins.dtype, lanes, ins.attrs)
+            out = mathlib.emit(
+                fn, ins.op, args, [self.local.instrs[a].dtype for a in ins.args], ins.dtype, lanes, ins.attrs
+            )
         self.put(i, u, out)
 
     def _index(self, ins: Ins, u: int, lanes: int, ty: str) -> str:

@@ -92,14 +92,21 @@ class KernelCompiler:
                 local = localize(body, self.dtype)
                 defer = self._aliased(local)
                 key = f"loop{defer}{local.key()}"
-                out.append((self.once(key, lambda n, l=local, d=defer: compile_body(self.module, l, n, d)), local.buffers))
+                out.append(
+                    (
+                        self.once(key, lambda n, l=local, d=defer: compile_body(self.module, l, n, d)),
+                        local.buffers,
+                    )
+                )
             return out
         if isinstance(kernel, ContractKernel):
             for c in kernel.problems:
                 if gemm.prefers_loop(c):
                     local = localize(gemm.as_loop(c, self.dtype), self.dtype)
                     key = f"loop{False}{local.key()}"
-                    out.append((self.once(key, lambda n, l=local: compile_body(self.module, l, n)), local.buffers))
+                    out.append(
+                        (self.once(key, lambda n, l=local: compile_body(self.module, l, n)), local.buffers)
+                    )
                 else:
                     out.append(self._contract(c))
             return out
@@ -125,7 +132,9 @@ class KernelCompiler:
         key = f"attention{_stable(named)}{[self.dtype(original[i]).name for i in range(len(original))]}"
 
         def make(name: str) -> Compiled:
-            compiled, local = attention.compile_attention(self.module, named, lambda n: self.dtype(original[n]), name)
+            compiled, local = attention.compile_attention(
+                self.module, named, lambda n: self.dtype(original[n]), name
+            )
             self.orders[key] = local
             return compiled
 
@@ -157,12 +166,16 @@ class KernelCompiler:
         named = dataclasses.replace(
             kernel, operands=operands, results=results, epilogue=epilogue, reads=(), writes=(), after=()
         )
-        in_place = bool(kernel.operands) and overlaps(self.program, kernel.operands[0][0], kernel.results[0][0])
+        in_place = bool(kernel.operands) and overlaps(
+            self.program, kernel.operands[0][0], kernel.results[0][0]
+        )
         dtypes = [self.dtype(original[i]).name for i in range(len(original))]
         key = f"op{in_place}{_stable(named)}{dtypes}"
         if key not in self.parts:
             name = f"k{len(self.shared) + len(self.parts)}o"
-            self.parts[key] = ops.compile_op(self.module, named, lambda n: self.dtype(original[n]), name, in_place)
+            self.parts[key] = ops.compile_op(
+                self.module, named, lambda n: self.dtype(original[n]), name, in_place
+            )
         return [(compiled, [original[n] for n in local]) for compiled, local in self.parts[key]]
 
     def _contract(self, c: Contract) -> tuple[Compiled, list[int]]:
@@ -179,12 +192,17 @@ class KernelCompiler:
                 attrs["access"] = rename(attrs["access"])
             instrs.append(Instr(i.op, i.args, i.dtype, i.axes, attrs))
         a, b = rename(c.a), rename(c.b)
-        named = Contract(c.batch, c.m, c.n, c.k, a, b, LoopBody(c.epilogue.domain, tuple(instrs)), c.acc_dtype)
+        named = Contract(
+            c.batch, c.m, c.n, c.k, a, b, LoopBody(c.epilogue.domain, tuple(instrs)), c.acc_dtype
+        )
         original = {v: k for k, v in numbers.items()}
         dtypes = [self.dtype(original[i]).name for i in range(len(original))]
         key = f"gemm{_stable(named)}{dtypes}"
+
         def make(name: str) -> Compiled:
-            compiled, local = gemm.compile_contract(self.module, named, lambda n: self.dtype(original[n]), name)
+            compiled, local = gemm.compile_contract(
+                self.module, named, lambda n: self.dtype(original[n]), name
+            )
             self.orders[key] = local
             return compiled
 
@@ -205,7 +223,9 @@ def is_native(program: Program, kernel: Kernel) -> bool:
     return isinstance(kernel, LoopKernel | ContractKernel | AttentionKernel)
 
 
-def build(program: Program) -> tuple[list[tuple[list[int], Module, Layout, Planner]], list[Segment | HostStep | int]]:
+def build(
+    program: Program,
+) -> tuple[list[tuple[list[int], Module, Layout, Planner]], list[Segment | HostStep | int]]:
     """Emit IR for every native part. Returns the parts and the order of steps (an int is a part's number)."""
     parts: list[tuple[list[int], Module, Layout, Planner]] = []
     steps: list[Any] = []
@@ -273,10 +293,18 @@ def _stable(value: Any) -> str:
     if isinstance(value, Kernel):  # type: ignore[misc, arg-type]
         skip = {"name", "nodes", "bytes", "flops"}
         parts = [type(value).__name__]
-        parts += [f"{f.name}={_stable(getattr(value, f.name))}" for f in dataclasses.fields(value) if f.name not in skip]
+        parts += [
+            f"{f.name}={_stable(getattr(value, f.name))}"
+            for f in dataclasses.fields(value)
+            if f.name not in skip
+        ]
         return "(" + ",".join(parts) + ")"
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return "(" + ",".join(_stable(getattr(value, f.name)) for f in dataclasses.fields(value) if f.name != "node") + ")"
+        return (
+            "("
+            + ",".join(_stable(getattr(value, f.name)) for f in dataclasses.fields(value) if f.name != "node")
+            + ")"
+        )
     if isinstance(value, dict) or hasattr(value, "items"):
         return "{" + ",".join(f"{k}:{_stable(v)}" for k, v in value.items()) + "}"
     if isinstance(value, tuple | list):
@@ -300,7 +328,11 @@ def compile_program(program: Program) -> CompiledProgram:
     segments = []
     for kernels, module, layout, planner in parts:
         cost = sum(u.cost for u in planner.units)
-        segments.append(Segment(kernels, layout, cost > SERIAL_NS, codecache.to_object(module.text()), cost, _support(module)))
+        segments.append(
+            Segment(
+                kernels, layout, cost > SERIAL_NS, codecache.to_object(module.text()), cost, _support(module)
+            )
+        )
     steps: list[Segment | HostStep] = [segments[s] if isinstance(s, int) else s for s in order]  # type: ignore[misc]
     compiled = CompiledProgram(steps)
     codecache.write(key, _meta(compiled), b"".join(s.code for s in segments))
@@ -339,4 +371,12 @@ def _from_cache(meta: dict[str, Any], code: bytes) -> CompiledProgram | None:
     return CompiledProgram(steps)
 
 
-__all__ = ["AttentionKernel", "CompiledProgram", "ContractKernel", "HostStep", "Segment", "Stage", "compile_program"]
+__all__ = [
+    "AttentionKernel",
+    "CompiledProgram",
+    "ContractKernel",
+    "HostStep",
+    "Segment",
+    "Stage",
+    "compile_program",
+]

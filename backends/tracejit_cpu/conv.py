@@ -53,7 +53,9 @@ class Geometry:
         return self.out[0] * self.out[1]
 
 
-def forward_geometry(x: tuple[int, ...], w: tuple[int, ...], out: tuple[int, ...], attrs: Mapping[str, Any]) -> Geometry:
+def forward_geometry(
+    x: tuple[int, ...], w: tuple[int, ...], out: tuple[int, ...], attrs: Mapping[str, Any]
+) -> Geometry:
     """Geometry of ``conv2d(x, w)`` with result shape ``out``."""
     (top, bottom), (left, right) = attrs["padding"]
     groups = int(attrs.get("groups", 1))
@@ -64,7 +66,9 @@ def forward_geometry(x: tuple[int, ...], w: tuple[int, ...], out: tuple[int, ...
     )  # fmt: skip
 
 
-def input_grad_geometry(g: tuple[int, ...], w: tuple[int, ...], x: tuple[int, ...], attrs: Mapping[str, Any]) -> Geometry:
+def input_grad_geometry(
+    g: tuple[int, ...], w: tuple[int, ...], x: tuple[int, ...], attrs: Mapping[str, Any]
+) -> Geometry:
     """Geometry of the correlation that gives dx: g spread by the stride, kernel flipped."""
     (top, _), (left, _) = attrs["padding"]
     groups = int(attrs.get("groups", 1))
@@ -93,7 +97,9 @@ def plain_epilogue(shape: tuple[int, ...], buffer: int, dtype: np.dtype) -> Loop
 class ConvCompiler:
     """Emits the stages of one convolution. Pointers of stages: result buffers of the epilogue, source, weights."""
 
-    def __init__(self, module: Module, name: str, geometry: Geometry, src: np.dtype, weights: np.dtype, acc: str) -> None:
+    def __init__(
+        self, module: Module, name: str, geometry: Geometry, src: np.dtype, weights: np.dtype, acc: str
+    ) -> None:
         self.module, self.name, self.g = module, name, geometry
         self.src_type, self.w_type = memory_type(src), memory_type(weights)
         self.tile: Tile = tile_for(module.host, acc)
@@ -104,7 +110,9 @@ class ConvCompiler:
         rows = max(1, COLUMN_BYTES // max(1, g.depth * g.out[1] * self.tile.bytes))
         self.block_rows = min(rows, g.out[0])
         self.pitch = -(-self.block_rows * g.out[1] // self.tile.nr) * self.tile.nr + self.tile.lanes
-        self.frame_bytes = -(-(g.cin * g.frame[0] * g.frame[1] + 4 * self.tile.lanes) * self.tile.bytes // 64) * 64
+        self.frame_bytes = (
+            -(-(g.cin * g.frame[0] * g.frame[1] + 4 * self.tile.lanes) * self.tile.bytes // 64) * 64
+        )
         self.column_bytes = -(-(g.depth * self.pitch + 4 * self.tile.nr) * self.tile.bytes // 64) * 64
 
     # -- pieces -------------------------------------------------------------------------------------------------------
@@ -120,7 +128,9 @@ class ConvCompiler:
         low = [max(0, -(-(-s) // i)) if s < 0 else 0 for s, i in zip(g.shift, g.insert)]
         high = [min(n, -(-(f - s) // i)) for n, f, s, i in zip(g.size, g.frame, g.shift, g.insert)]
         with fn.loop(0, g.cin) as c, fn.loop(low[0], max(low[0], high[0])) as y:
-            src = fn.gep(source, fn.iadd(fn.imul(c, g.size[0] * g.size[1]), fn.imul(y, g.size[1])), self.src_type)
+            src = fn.gep(
+                source, fn.iadd(fn.imul(c, g.size[0] * g.size[1]), fn.imul(y, g.size[1])), self.src_type
+            )
             at = fn.iadd(fn.imul(c, fh * fw), fn.imul(fn.iadd(fn.imul(y, g.insert[0]), g.shift[0]), fw))
             dst = fn.gep(frame, fn.iadd(at, g.shift[1]), ty)
             count = high[1] - low[1]
@@ -142,7 +152,12 @@ class ConvCompiler:
     def _copy(self, fn: Fn, source: str, target: str, count: int) -> None:
         t, whole = self.tile, count // self.tile.lanes * self.tile.lanes
         with fn.loop(0, whole, t.lanes) as i:
-            fn.store(self.ty, fn.load(self.ty, fn.gep(source, i, self.ty), t.lanes), fn.gep(target, i, self.ty), t.lanes)
+            fn.store(
+                self.ty,
+                fn.load(self.ty, fn.gep(source, i, self.ty), t.lanes),
+                fn.gep(target, i, self.ty),
+                t.lanes,
+            )
         with fn.loop(whole, count) as i:
             fn.store(self.ty, fn.load(self.ty, fn.gep(source, i, self.ty)), fn.gep(target, i, self.ty))
 
@@ -163,13 +178,22 @@ class ConvCompiler:
                 if g.stride[1] == 1:
                     # whole vectors: what spills over is overwritten by the next row or never used
                     for v in range(-(-ow // t.lanes)) if ow <= 8 * t.lanes else ():
-                        fn.store(ty, fn.load(ty, fn.gep(src, v * t.lanes, ty), t.lanes), fn.gep(dst, v * t.lanes, ty), t.lanes)
+                        fn.store(
+                            ty,
+                            fn.load(ty, fn.gep(src, v * t.lanes, ty), t.lanes),
+                            fn.gep(dst, v * t.lanes, ty),
+                            t.lanes,
+                        )
                     if ow > 8 * t.lanes:
                         with fn.loop(0, ow, t.lanes) as v:
-                            fn.store(ty, fn.load(ty, fn.gep(src, v, ty), t.lanes), fn.gep(dst, v, ty), t.lanes)
+                            fn.store(
+                                ty, fn.load(ty, fn.gep(src, v, ty), t.lanes), fn.gep(dst, v, ty), t.lanes
+                            )
                 else:
                     with fn.loop(0, ow) as v:
-                        fn.store(ty, fn.load(ty, fn.gep(src, fn.imul(v, g.stride[1]), ty)), fn.gep(dst, v, ty))
+                        fn.store(
+                            ty, fn.load(ty, fn.gep(src, fn.imul(v, g.stride[1]), ty)), fn.gep(dst, v, ty)
+                        )
 
     def _convert_stage(self, count: int, buffer: int, transpose: tuple[int, ...] | None) -> int:
         """Weights into a temporary in the accumulator's type; with ``transpose`` flipped for the input gradient."""
@@ -259,7 +283,13 @@ class ConvCompiler:
                         result = fn.gep(out_tile, fn.imul(skip, t.nr), ty)
                         channel = fn.iadd(fn.imul(group, g.cout), start)
                         args = [f"ptr %arg{i}" for i in range(count)]
-                        args += [f"i64 {image}", f"i64 {channel}", f"i64 {new}", f"i64 {fn.iadd(pixel0, at)}", f"ptr {result}"]
+                        args += [
+                            f"i64 {image}",
+                            f"i64 {channel}",
+                            f"i64 {new}",
+                            f"i64 {fn.iadd(pixel0, at)}",
+                            f"ptr {result}",
+                        ]
                         fn.emit(f"call void @{epilogues[w_panel]}({', '.join(args)})")
 
                 whole = width // t.nr * t.nr
@@ -308,11 +338,15 @@ class ConvCompiler:
         with fn.loop("%lo", "%hi") as task:
             group = fn.op(f"urem i64 {task}, {g.groups}") if g.groups > 1 else "0"
             chunk = fn.op(f"udiv i64 {task}, {g.groups}") if g.groups > 1 else task
-            mine = fn.gep("%p", fn.iadd(fn.imul(chunk, part_items), fn.imul(group, panels * blocks * tile_items)), ty)
+            mine = fn.gep(
+                "%p", fn.iadd(fn.imul(chunk, part_items), fn.imul(group, panels * blocks * tile_items)), ty
+            )
             first = fn.imul(chunk, each)
             with fn.loop(first, fn.imin(fn.iadd(first, each), g.images)) as image:
                 plane = fn.iadd(fn.imul(image, g.groups), group)
-                self._build_frame(fn, fn.gep("%x", fn.imul(plane, g.cin * g.size[0] * g.size[1]), self.src_type), frame)
+                self._build_frame(
+                    fn, fn.gep("%x", fn.imul(plane, g.cin * g.size[0] * g.size[1]), self.src_type), frame
+                )
                 grads = fn.gep("%g", fn.imul(plane, g.cout * g.pixels), g_type)
 
                 def block(index: str, height: int) -> None:
@@ -327,7 +361,9 @@ class ConvCompiler:
                         left = fn.imin(fn.op(f"sub i64 {g.cout}, {o0}"), t.nr)
                         src = fn.gep(grads, fn.iadd(fn.imul(o0, g.pixels), fn.imul(row, g.out[1])), g_type)
                         name = pack(self.module, ty, g_type, t.lanes, t.nr)
-                        fn.emit(f"call void @{name}(ptr {src}, i64 1, i64 {g.pixels}, i64 {pixels}, i64 {left}, ptr {packed})")
+                        fn.emit(
+                            f"call void @{name}(ptr {src}, i64 1, i64 {g.pixels}, i64 {pixels}, i64 {left}, ptr {packed})"
+                        )
                         mk = micro_kernel(self.module, t, rows, t.nv if g.cout > t.lanes else 1)
                         with fn.loop(0, blocks) as b:
                             m0 = fn.imul(b, rows)
@@ -350,7 +386,9 @@ class ConvCompiler:
         self._sum_partials(parts, part_items, rows, blocks, panels, result)
         return Compiled(self.stages, self.temps)
 
-    def _sum_partials(self, parts: int, part_items: int, rows: int, blocks: int, panels: int, result: np.dtype) -> None:
+    def _sum_partials(
+        self, parts: int, part_items: int, rows: int, blocks: int, panels: int, result: np.dtype
+    ) -> None:
         """dW[o, k] = sum over the groups of images, in order; one task per tile."""
         g, t, ty = self.g, self.tile, self.ty
         out_type = memory_type(result)
@@ -371,7 +409,11 @@ class ConvCompiler:
                     with fn.loop(0, parts) as c:
                         at = fn.iadd(fn.imul(c, part_items), fn.iadd(fn.imul(r, t.nr), v * t.lanes))
                         x = fn.load(ty, fn.gep(source, at, ty), t.lanes)
-                        fn.set(vec(ty, t.lanes), fn.op(f"fadd {vec(ty, t.lanes)} {fn.get(vec(ty, t.lanes), total)}, {x}"), total)
+                        fn.set(
+                            vec(ty, t.lanes),
+                            fn.op(f"fadd {vec(ty, t.lanes)} {fn.get(vec(ty, t.lanes), total)}, {x}"),
+                            total,
+                        )
                     fn.store(ty, fn.get(vec(ty, t.lanes), total), fn.gep("%scr", v * t.lanes, ty), t.lanes)
                 k = fn.iadd(m0, r)
                 with fn.loop(0, left) as o:
@@ -396,4 +438,3 @@ def epilogue_axes(body: LoopBody, dtype_of: Callable[[int], np.dtype]) -> Local 
             return None
     pixel = [2, 3] if columns > 1 else [3, 2]
     return localize(body, dtype_of, [[0], [1], pixel])
-

@@ -48,7 +48,9 @@ def entry_ir(target: Host) -> str:
     """LLVM IR of ``tj_entry(self, inputs)``; ``self`` is the NumPy array that holds the context."""
 
     def field(name: str, word: int, base: str = "%ctx", ty: str = "i64") -> str:
-        return f"  %{name}.p = getelementptr i64, ptr {base}, i64 {word}\n  %{name} = load {ty}, ptr %{name}.p\n"
+        return (
+            f"  %{name}.p = getelementptr i64, ptr {base}, i64 {word}\n  %{name} = load {ty}, ptr %{name}.p\n"
+        )
 
     return f"""target triple = "{target.triple}"
 declare ptr @PyList_New(i64)
@@ -310,7 +312,11 @@ class _MethodDef(ctypes.Structure):
 
 def _layout_is_known() -> bool:
     """Whether this interpreter and NumPy lay out objects as :func:`entry_ir` assumes."""
-    if sys.implementation.name != "cpython" or ctypes.sizeof(ctypes.c_void_p) != 8 or sys.byteorder != "little":
+    if (
+        sys.implementation.name != "cpython"
+        or ctypes.sizeof(ctypes.c_void_p) != 8
+        or sys.byteorder != "little"
+    ):
         return False
     if sysconfig.get_config_var("Py_GIL_DISABLED"):
         return False
@@ -389,7 +395,16 @@ class Entry:
         for i, (dtype, shape, slot) in enumerate(outputs):
             flags = _fresh_flags(shape)
             rings = self._rings[i].ctypes.data
-            self._outs[i] = (len(shape), id(dtype), slot, self._dims[i].ctypes.data, 0, flags, rings, rings + 8 * RING)
+            self._outs[i] = (
+                len(shape),
+                id(dtype),
+                slot,
+                self._dims[i].ctypes.data,
+                0,
+                flags,
+                rings,
+                rings + 8 * RING,
+            )
         words[_STATE], words[_PROGRAM], words[_TABLE] = pool.state, function, table.ctypes.data
         words[_THREADS], words[_NIN], words[_NOUT] = threads, len(inputs), len(outputs)
         words[_INS], words[_OUTS], words[_SLOW] = self._ins.ctypes.data, self._outs.ctypes.data, id(slow)

@@ -17,10 +17,15 @@ from tracejit.backend import Timing
 from tracejit.events import KernelInfo
 from tracejit.program import AttentionKernel, Buffer, ContractKernel, LoopKernel, OpKernel, Program
 from tracejit_cpu import codecache, entry, hostops, micro, plan, runtime
-from tracejit_cpu.host import host
 from tracejit_cpu.compiler import CompiledProgram, HostStep, Segment, build, compile_program
+from tracejit_cpu.host import host
 
-_KINDS = ((LoopKernel, "loop"), (ContractKernel, "contract"), (AttentionKernel, "attention"), (OpKernel, "op"))
+_KINDS = (
+    (LoopKernel, "loop"),
+    (ContractKernel, "contract"),
+    (AttentionKernel, "attention"),
+    (OpKernel, "op"),
+)
 
 
 @functools.cache
@@ -99,7 +104,13 @@ class UnitTables:
                 single = 0
             first = single if tasks == 1 else 0  # lone tasks of a phase go to different threads
             single += tasks == 1
-            rows[at] = (self._functions[number], self._slots.ctypes.data + 8 * self._start[i], tasks, now != before, first)
+            rows[at] = (
+                self._functions[number],
+                self._slots.ctypes.data + 8 * self._start[i],
+                tasks,
+                now != before,
+                first,
+            )
             before = now
         self._kept.append(rows)
         return rows.ctypes.data, len(chosen)
@@ -154,7 +165,15 @@ class CpuExecutable:
     def _info(self, index: int) -> KernelInfo:
         kernel = self.program.kernels[index]
         kind = next((name for cls, name in _KINDS if isinstance(kernel, cls)), "op")
-        return KernelInfo(index, kernel.name, kind, kernel.nodes, kernel.bytes, kernel.flops, lambda: self._kernel_source(index))
+        return KernelInfo(
+            index,
+            kernel.name,
+            kind,
+            kernel.nodes,
+            kernel.bytes,
+            kernel.flops,
+            lambda: self._kernel_source(index),
+        )
 
     def _sources(self) -> list[str]:
         """LLVM IR per kernel, made again on request: it is not kept."""
@@ -179,7 +198,6 @@ class CpuExecutable:
     def _compile_graph(self, graph: Any) -> CpuExecutable:
         """Compile a sub-graph of a control-flow op."""
         from tracejit.lower import lower
-
         from tracejit_cpu import backend
 
         return CpuExecutable(lower(graph, backend.capabilities("")))
@@ -250,7 +268,9 @@ class CpuExecutable:
             array = np.array(array, order="C", copy=True)
         return array
 
-    def _set_pointers(self, memory: Memory, arrays: Sequence[np.ndarray], results: Sequence[np.ndarray]) -> None:
+    def _set_pointers(
+        self, memory: Memory, arrays: Sequence[np.ndarray], results: Sequence[np.ndarray]
+    ) -> None:
         for table in memory.tables:
             for b, a in zip(self._inputs, arrays):
                 table[plan.HEADER + b.id] = a.ctypes.data
@@ -267,7 +287,9 @@ class CpuExecutable:
                 runtime.pool().run(self._driver, memory.tables[part].ctypes.data, self._threads[part])
                 part += 1
 
-    def _views(self, memory: Memory, arrays: Sequence[np.ndarray], results: Sequence[np.ndarray]) -> hostops.Views:
+    def _views(
+        self, memory: Memory, arrays: Sequence[np.ndarray], results: Sequence[np.ndarray]
+    ) -> hostops.Views:
         """A way to see any buffer as an array."""
         given = {b.id: a for b, a in zip(self._inputs, arrays)}
         given.update({b.id: r for b, r in zip(self._targets, results)})
@@ -312,9 +334,7 @@ class CpuExecutable:
                 order.append(kernel)
                 at += 1
             part += 1
-        timing = Timing(
-            np.array(order, np.uint32), start, end, self._live(order), np.zeros(count, np.uint8)
-        )
+        timing = Timing(np.array(order, np.uint32), start, end, self._live(order), np.zeros(count, np.uint8))
         return self._arrange(results, arrays), timing
 
     def _live(self, order: Sequence[int]) -> np.ndarray:

@@ -131,7 +131,9 @@ def _pad_axes(c: Contract) -> Contract:
     return Contract(batch, m, n, k, a, b, epilogue, c.acc_dtype)
 
 
-def _runs(axes: Sequence[int], sizes: Sequence[int], rows: Sequence[Sequence[int]], split: set[int]) -> list[list[int]]:
+def _runs(
+    axes: Sequence[int], sizes: Sequence[int], rows: Sequence[Sequence[int]], split: set[int]
+) -> list[list[int]]:
     """Merge adjacent axes along which every access in ``rows`` is linear; axes of size 1 vanish."""
     groups: list[list[int]] = []
     for axis in axes:
@@ -150,7 +152,9 @@ def _simplify(c: Contract, dtype_of: Callable[[int], np.dtype]) -> Problem:
     """Merge axes; extra row and column axes become batch axes; extra k axes become offset tables."""
     sizes = [*c.batch, *c.m, *c.n, *c.k]
     nb, nm, nn = len(c.batch), len(c.m), len(c.n)
-    epi = [tuple(i.attrs["access"].strides) + (0,) * len(c.k) for i in c.epilogue.instrs if "access" in i.attrs]
+    epi = [
+        tuple(i.attrs["access"].strides) + (0,) * len(c.k) for i in c.epilogue.instrs if "access" in i.attrs
+    ]
     epi += [tuple(i.attrs["strides"]) + (0,) * len(c.k) for i in c.epilogue.instrs if i.op == "random_bits"]
     indexed = {i.attrs["axis"] for i in c.epilogue.instrs if i.op == "index"}
     a, b = c.a.strides, c.b.strides
@@ -172,11 +176,32 @@ def _simplify(c: Contract, dtype_of: Callable[[int], np.dtype]) -> Problem:
         table = None
         stride = s[ks[0][-1]]
         if len(ks) > 1:
-            table = np.array([sum(i * s[g[-1]] for i, g in zip(p, ks)) for p in itertools.product(*(range(size(g)) for g in ks))], np.int64)
-        return Operand(number, dtype_of(access.buffer), s[free[-1]], stride, [s[g[-1]] for g in batch], access.offset, table)
+            table = np.array(
+                [
+                    sum(i * s[g[-1]] for i, g in zip(p, ks))
+                    for p in itertools.product(*(range(size(g)) for g in ks))
+                ],
+                np.int64,
+            )
+        return Operand(
+            number,
+            dtype_of(access.buffer),
+            s[free[-1]],
+            stride,
+            [s[g[-1]] for g in batch],
+            access.offset,
+            table,
+        )
 
     return Problem(
-        [size(g) for g in batch], size(m), size(n), total_k, operand(c.a, m, -1), operand(c.b, n, -2), c.epilogue, [*batch, m, n]
+        [size(g) for g in batch],
+        size(m),
+        size(n),
+        total_k,
+        operand(c.a, m, -1),
+        operand(c.b, n, -2),
+        c.epilogue,
+        [*batch, m, n],
     )
 
 
@@ -196,7 +221,9 @@ def _swap(c: Contract) -> Contract:
             attrs["strides"] = tuple(attrs["strides"][o] for o in order)
         if ins.op == "index":
             attrs["axis"] = where[attrs["axis"]]
-        instrs.append(Instr(ins.op, ins.args, ins.dtype, tuple(sorted(where[a] for a in ins.axes)), attrs, ins.node))
+        instrs.append(
+            Instr(ins.op, ins.args, ins.dtype, tuple(sorted(where[a] for a in ins.axes)), attrs, ins.node)
+        )
     domain = tuple(c.epilogue.domain[o] for o in order)
     a = Access(c.b.buffer, tuple(c.b.strides[o] for o in full), c.b.offset)
     b = Access(c.a.buffer, tuple(c.a.strides[o] for o in full), c.a.offset)
@@ -256,7 +283,7 @@ class GemmCompiler:
         a_mem, b_mem = memory_type(p.a.dtype), memory_type(p.b.dtype)
         pack_b = b_mem != t.ty or p.b.ktable is not None or p.b.free != 1
         if not pack_b and p.m > 4 * t.mr:
-            pack_b = p.k * p.n * size > SMALL_B or abs(p.b.k) * size % 4096 == 0 and p.k > 64
+            pack_b = p.k * p.n * size > SMALL_B or (abs(p.b.k) * size % 4096 == 0 and p.k > 64)
         pack_a = a_mem != t.ty or p.a.ktable is not None
         if not pack_a and p.n > 2 * t.nr:
             if p.a.k == 1:
@@ -297,12 +324,16 @@ class GemmCompiler:
             Stage(fn.name, [op.buffer, ~op.packed], copies * count, moved * 0.25, only_reads=[op.buffer])
         )
 
-    def _emit_pack(self, fn: Fn, op: Operand, memory: str, src: str, first: str, number: str, width: int, dst: str) -> None:
+    def _emit_pack(
+        self, fn: Fn, op: Operand, memory: str, src: str, first: str, number: str, width: int, dst: str
+    ) -> None:
         t, p = self.tile, self.p
         if op.ktable is None:
             src = fn.gep(src, fn.imul(first, op.free), memory)
             name = pack(self.module, t.ty, memory, t.lanes, width)
-            fn.emit(f"call void @{name}(ptr {src}, i64 {op.k}, i64 {op.free}, i64 {p.k}, i64 {number}, ptr {dst})")
+            fn.emit(
+                f"call void @{name}(ptr {src}, i64 {op.k}, i64 {op.free}, i64 {p.k}, i64 {number}, ptr {dst})"
+            )
             return
         free = np.arange(max(p.m, p.n), dtype=np.int64) * op.free
         name = pack_table(self.module, t.ty, memory, width)
@@ -363,8 +394,16 @@ class GemmCompiler:
         scratch = acc_bytes + (p.k * t.nr * t.bytes + 256 if tail_panel else 0)
         outer = list(range(len(p.batch)))
         m_axis, n_axis = len(outer), len(outer) + 1
-        epi_full = emit_epilogue(self.module, self.local, f"{self.name}_e", t, outer, m_axis, n_axis, t.nr) if p.n >= t.nr else ""
-        epi_tail = emit_epilogue(self.module, self.local, f"{self.name}_f", t, outer, m_axis, n_axis, tail) if tail else ""
+        epi_full = (
+            emit_epilogue(self.module, self.local, f"{self.name}_e", t, outer, m_axis, n_axis, t.nr)
+            if p.n >= t.nr
+            else ""
+        )
+        epi_tail = (
+            emit_epilogue(self.module, self.local, f"{self.name}_f", t, outer, m_axis, n_axis, tail)
+            if tail
+            else ""
+        )
         temps = [x for x in (p.a.packed, p.b.packed) if x is not None]
         params = [f"ptr %arg{i}" for i in range(len(self.buffers))] + [f"ptr %p{x}" for x in temps]
         fn = Fn(self.module, f"{self.name}_mm", ", ".join([*params, "i64 %lo", "i64 %hi", "ptr %scr"]))
@@ -389,7 +428,9 @@ class GemmCompiler:
                 with fn.when(last):
                     name = pack(self.module, t.ty, t.ty, t.lanes, t.nr)
                     src = fn.gep(b, fn.imul(p.n - tail, p.b.free), t.ty)
-                    fn.emit(f"call void @{name}(ptr {src}, i64 {p.b.k}, i64 {p.b.free}, i64 {p.k}, i64 {tail}, ptr {panel})")
+                    fn.emit(
+                        f"call void @{name}(ptr {src}, i64 {p.b.k}, i64 {p.b.free}, i64 {p.k}, i64 {tail}, ptr {panel})"
+                    )
             first_panel = fn.imul(nblock, nb)
             last_panel = fn.imin(fn.iadd(first_panel, nb), self.panels) if nt > 1 else str(self.panels)
             first_block = fn.imul(mblock, mb)
@@ -419,7 +460,10 @@ class GemmCompiler:
                         rs, ks = p.a.free, p.a.k
                     out = "%scr"
                     if chunks > 1:
-                        local = fn.iadd(fn.imul(fn.op(f"sub i64 {pn}, {first_panel}"), mb), fn.op(f"sub i64 {block}, {first_block}"))
+                        local = fn.iadd(
+                            fn.imul(fn.op(f"sub i64 {pn}, {first_panel}"), mb),
+                            fn.op(f"sub i64 {block}, {first_block}"),
+                        )
                         out = fn.gep("%scr", fn.imul(local, tile_bytes), "i8")
                     fn.emit(
                         f"call void @{mk}(ptr {ap}, i64 {rs}, i64 {ks}, ptr {bp}, i64 {bs}, i64 {kn}, ptr {out}, i64 {add})"
@@ -452,7 +496,15 @@ class GemmCompiler:
         self.stages.append(Stage(fn.name, pointers, tasks, cost, scratch))
 
     def _apply(
-        self, fn: Fn, epilogue: str, block: str, m0: str, out: str, n0: str, buffers: Sequence[str], index: Sequence[str]
+        self,
+        fn: Fn,
+        epilogue: str,
+        block: str,
+        m0: str,
+        out: str,
+        n0: str,
+        buffers: Sequence[str],
+        index: Sequence[str],
     ) -> None:
         """Call the epilogue on the rows of a tile that no earlier block covered."""
         new, start, rows = str(self.rows), m0, self.rows

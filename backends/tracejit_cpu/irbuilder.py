@@ -108,14 +108,20 @@ class Module:
         if key not in self._tables:
             name = f"@tab{len(self._tables)}"
             items = ", ".join(f"i64 {int(v)}" for v in values)
-            self.globals.append(f"{name} = private unnamed_addr constant [{len(values)} x i64] [{items}], align 64")
+            self.globals.append(
+                f"{name} = private unnamed_addr constant [{len(values)} x i64] [{items}], align 64"
+            )
             self._tables[key] = name
         return self._tables[key]
 
     def attributes(self) -> str:
         """The attribute group shared by all functions."""
         width = f'"prefer-vector-width"="{self.host.vector_bytes * 8}"'
-        extra = f' {width} "min-legal-vector-width"="{self.host.vector_bytes * 8}"' if self.host.arch == "x86_64" else ""
+        extra = (
+            f' {width} "min-legal-vector-width"="{self.host.vector_bytes * 8}"'
+            if self.host.arch == "x86_64"
+            else ""
+        )
         return f'attributes #0 = {{ nounwind "target-features"="{self.host.features}"{extra} }}'
 
     def _task_table(self) -> list[str]:
@@ -143,7 +149,9 @@ class Module:
 class Fn:
     """One function under construction. Values are SSA names or constants, as text."""
 
-    def __init__(self, module: Module, name: str, args: str, ret: str = "void", linkage: str = "internal") -> None:
+    def __init__(
+        self, module: Module, name: str, args: str, ret: str = "void", linkage: str = "internal"
+    ) -> None:
         self.module = module
         self.name = name
         self.args = args
@@ -230,14 +238,18 @@ class Fn:
         name = f"@llvm.masked.load.v{lanes}{intrinsic_suffix(ty)}.p0"
         full = vec(ty, lanes)
         self.module.declare(f"declare {full} {name}(ptr, <{lanes} x i1>, {full})")
-        return self.op(f"call {full} {name}(ptr align {type_bytes(ty)} {ptr}, <{lanes} x i1> {mask}, {full} {fill})")
+        return self.op(
+            f"call {full} {name}(ptr align {type_bytes(ty)} {ptr}, <{lanes} x i1> {mask}, {full} {fill})"
+        )
 
     def masked_store(self, ty: str, value: str, ptr: str, lanes: int, mask: str) -> None:
         """Store the lanes whose mask bit is set."""
         name = f"@llvm.masked.store.v{lanes}{intrinsic_suffix(ty)}.p0"
         full = vec(ty, lanes)
         self.module.declare(f"declare void {name}({full}, ptr, <{lanes} x i1>)")
-        self.emit(f"call void {name}({full} {value}, ptr align {type_bytes(ty)} {ptr}, <{lanes} x i1> {mask})")
+        self.emit(
+            f"call void {name}({full} {value}, ptr align {type_bytes(ty)} {ptr}, <{lanes} x i1> {mask})"
+        )
 
     def gather(self, ty: str, ptrs: str, lanes: int, mask: str, fill: str) -> str:
         """Load one element per lane from a vector of pointers."""
@@ -245,7 +257,9 @@ class Fn:
         full = vec(ty, lanes)
         self.module.declare(f"declare {full} {name}(<{lanes} x ptr>, <{lanes} x i1>, {full})")
         align = type_bytes(ty)
-        return self.op(f"call {full} {name}(<{lanes} x ptr> align {align} {ptrs}, <{lanes} x i1> {mask}, {full} {fill})")
+        return self.op(
+            f"call {full} {name}(<{lanes} x ptr> align {align} {ptrs}, <{lanes} x i1> {mask}, {full} {fill})"
+        )
 
     def scatter(self, ty: str, value: str, ptrs: str, lanes: int, mask: str) -> None:
         """Store one element per lane to a vector of pointers."""
@@ -253,7 +267,9 @@ class Fn:
         full = vec(ty, lanes)
         self.module.declare(f"declare void {name}({full}, <{lanes} x ptr>, <{lanes} x i1>)")
         align = type_bytes(ty)
-        self.emit(f"call void {name}({full} {value}, <{lanes} x ptr> align {align} {ptrs}, <{lanes} x i1> {mask})")
+        self.emit(
+            f"call void {name}({full} {value}, <{lanes} x ptr> align {align} {ptrs}, <{lanes} x i1> {mask})"
+        )
 
     # -- arithmetic ---------------------------------------------------------------------------------------------
     def imul(self, a: str | int, b: str | int) -> str:

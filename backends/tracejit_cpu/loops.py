@@ -47,7 +47,9 @@ class Stage:
     cost: float  # estimated nanoseconds on one thread
     scratch: int = 0  # bytes of per-thread scratch
     after: list[int] | None = None  # earlier stages it needs; None = the one before
-    only_reads: list[int] | None = None  # local buffers it reads: lets it start as soon as their writers are done
+    only_reads: list[int] | None = (
+        None  # local buffers it reads: lets it start as soon as their writers are done
+    )
 
 
 @dataclass
@@ -118,7 +120,9 @@ class LoopCompiler:
         fn.finish()
         pointers = list(range(len(self.local.buffers))) + [~t for t in temps]
         per_vector = self.cost * 0.45
-        self.stages.append(Stage(fn.name, pointers, tasks, points / max(self.V, 1) * per_vector, self.scratch))
+        self.stages.append(
+            Stage(fn.name, pointers, tasks, points / max(self.V, 1) * per_vector, self.scratch)
+        )
 
     def _needed(self, targets: Sequence[int], stop: set[int] = frozenset()) -> set[int]:  # type: ignore[assignment]
         """Full-level instructions that ``targets`` need, except those in ``stop``."""
@@ -126,7 +130,7 @@ class LoopCompiler:
         work = list(targets)
         while work:
             i = work.pop()
-            if i in out or i in stop or self.local.instrs[i].op == "reduce" and i not in targets:
+            if i in out or i in stop or (self.local.instrs[i].op == "reduce" and i not in targets):
                 continue
             if not is_full(self.local, i) and i not in targets:
                 continue
@@ -134,7 +138,9 @@ class LoopCompiler:
             work.extend(dependencies(self.local.instrs[i]))
         return out
 
-    def _emit_depth(self, em: Emitter, order: Sequence[int], depth: int, wanted: Callable[[int], bool]) -> None:
+    def _emit_depth(
+        self, em: Emitter, order: Sequence[int], depth: int, wanted: Callable[[int], bool]
+    ) -> None:
         """Emit the instructions whose innermost axis is at position ``depth`` of ``order`` (0: no axis)."""
         position = {a: k + 1 for k, a in enumerate(order)}
         for i, ins in enumerate(self.local.instrs):
@@ -264,7 +270,13 @@ class LoopCompiler:
                     low = fn.imul(chunk, grain)
                     high = fn.imin(fn.iadd(low, grain), size)
                 self._vector_loop(
-                    em, low, high, unroll, size, lambda: self._emit_depth(em, order, depth, lambda i: True), chunks == 1
+                    em,
+                    low,
+                    high,
+                    unroll,
+                    size,
+                    lambda: self._emit_depth(em, order, depth, lambda i: True),
+                    chunks == 1,
                 )
 
             nest(inner, len(prefix) + 1)
@@ -334,15 +346,24 @@ class LoopCompiler:
         span = self._span()
         outer = self.size // max(span, 1)
         if span == 0 or outer == 0:
-            if outer == 0 and math.prod(self.local.domain[a] for a in range(len(self.local.domain)) if a not in self.local.reduce) == 0:
+            if (
+                outer == 0
+                and math.prod(
+                    self.local.domain[a] for a in range(len(self.local.domain)) if a not in self.local.reduce
+                )
+                == 0
+            ):
                 return Compiled([])
         if self.rows:
             if outer < 16 and span >= 32768:
                 self._split_rows(span, outer)
             else:
                 self._rows_plan()
-        elif self.top == 0 and span >= 64 and self._single_level() and not any(
-            self.local.instrs[i].attrs["kind"] in ARG for i in self.reduces
+        elif (
+            self.top == 0
+            and span >= 64
+            and self._single_level()
+            and not any(self.local.instrs[i].attrs["kind"] in ARG for i in self.reduces)
         ):
             self._split_columns(span)
         else:
@@ -547,7 +568,9 @@ class LoopCompiler:
         if self.rows and lanes > 1:
             where = fn.op(f"add <{lanes} x i64> {where}, {iota('i64', lanes, local.rstrides[self.v])}")
         if self.rows and em.mask is not None:
-            start = const(mathlib.identity("max" if ins.attrs["kind"] == "argmax" else "min", source), ty, lanes)
+            start = const(
+                mathlib.identity("max" if ins.attrs["kind"] == "argmax" else "min", source), ty, lanes
+            )
             x = fn.op(f"select <{lanes} x i1> {em.mask}, {vec(ty, lanes)} {x}, {vec(ty, lanes)} {start}")
             none = const(_NO_INDEX, "i64", lanes)
             where = fn.op(f"select <{lanes} x i1> {em.mask}, <{lanes} x i64> {where}, <{lanes} x i64> {none}")
@@ -572,7 +595,11 @@ class LoopCompiler:
         if n.float:
             nan_a, nan_b = n.isnan(a[0]), n.isnan(b[0])
             true = const(True, "i1", lanes)
-            wins = n.logic("or", n.logic("and", wins, n.logic("xor", nan_b, true)), n.logic("and", nan_a, n.logic("xor", nan_b, true)))
+            wins = n.logic(
+                "or",
+                n.logic("and", wins, n.logic("xor", nan_b, true)),
+                n.logic("and", nan_a, n.logic("xor", nan_b, true)),
+            )
             ties = n.logic("or", ties, n.logic("and", nan_a, nan_b))
         wins = n.logic("or", wins, n.logic("and", ties, ni.cmp("slt", a[1], b[1])))
         return n.select(wins, a[0], b[0]), ni.select(wins, a[1], b[1])
@@ -603,17 +630,23 @@ class LoopCompiler:
                 em.put(i, u, p)
             return
         while len(parts) > 1:
-            parts = [mathlib.combine(fn, kind, ins.dtype, lanes, a, b) for a, b in zip(parts[::2], parts[1::2])]
+            parts = [
+                mathlib.combine(fn, kind, ins.dtype, lanes, a, b) for a, b in zip(parts[::2], parts[1::2])
+            ]
         em.put(i, 0, mathlib.horizontal(fn, kind, ins.dtype, lanes, parts[0]))
 
-    def _horizontal_arg(self, fn: Fn, ins: Ins, source: np.dtype, lanes: int, pair: tuple[str, str]) -> tuple[str, str]:
+    def _horizontal_arg(
+        self, fn: Fn, ins: Ins, source: np.dtype, lanes: int, pair: tuple[str, str]
+    ) -> tuple[str, str]:
         ty = value_type(source)
         while lanes > 1:
             half = lanes // 2
 
             def split(x: str, t: str, lanes: int = lanes, half: int = half) -> tuple[str, str]:
                 if half == 1:
-                    return fn.op(f"extractelement {vec(t, lanes)} {x}, i64 0"), fn.op(f"extractelement {vec(t, lanes)} {x}, i64 1")
+                    return fn.op(f"extractelement {vec(t, lanes)} {x}, i64 0"), fn.op(
+                        f"extractelement {vec(t, lanes)} {x}, i64 1"
+                    )
                 low = ", ".join(f"i32 {k}" for k in range(half))
                 high = ", ".join(f"i32 {k + half}" for k in range(half))
                 full = vec(t, lanes)
@@ -714,10 +747,17 @@ class LoopCompiler:
         targets = [i for i in self._targets(0) if local.instrs[i].op == "reduce"]
         needed = self._needed(targets)
         row_needed = pre
-        self._emit_depth(em, order, 0, lambda i: row_needed(i) and local.instrs[i].op != "store" and self.v not in local.instrs[i].axes)
+        self._emit_depth(
+            em,
+            order,
+            0,
+            lambda i: row_needed(i) and local.instrs[i].op != "store" and self.v not in local.instrs[i].axes,
+        )
 
         def plain(i: int) -> bool:
-            return (pre(i) and local.instrs[i].op != "store") or (i in needed and local.instrs[i].op != "reduce")
+            return (pre(i) and local.instrs[i].op != "store") or (
+                i in needed and local.instrs[i].op != "reduce"
+            )
 
         with self._task_loop(em, self.par, chunks) as chunk:
             for d in range(1, len(self.par) + 1):
@@ -752,7 +792,12 @@ class LoopCompiler:
                         em.index[axis] = fn.iadd(at, r)
                         em.lane_index = lane
                         for i, ins in enumerate(local.instrs):
-                            if plain(i) and (i in needed or self.v in ins.axes) and i not in em.shared and i not in em.copies[0]:
+                            if (
+                                plain(i)
+                                and (i in needed or self.v in ins.axes)
+                                and i not in em.shared
+                                and i not in em.copies[0]
+                            ):
                                 em.emit(i, 0)
                         for i in self.reduces:
                             ins = local.instrs[i]
@@ -840,9 +885,21 @@ class LoopCompiler:
                     total = fn.var(vec(ty, V), const(mathlib.identity(ins.attrs["kind"], ins.dtype), ty, V))
                     with fn.loop(0, chunks) as c:
                         x = self._partial_load(em, i, base, fn.imul(c, size))
-                        fn.set(vec(ty, V), mathlib.combine(fn, ins.attrs["kind"], ins.dtype, V, fn.get(vec(ty, V), total), x), total)
+                        fn.set(
+                            vec(ty, V),
+                            mathlib.combine(
+                                fn, ins.attrs["kind"], ins.dtype, V, fn.get(vec(ty, V), total), x
+                            ),
+                            total,
+                        )
                     result = fn.get(vec(ty, V), total)
-                    em.put(i, 0, result if self.v in ins.axes or V == 1 else fn.op(f"extractelement {vec(ty, V)} {result}, i64 0"))
+                    em.put(
+                        i,
+                        0,
+                        result
+                        if self.v in ins.axes or V == 1
+                        else fn.op(f"extractelement {vec(ty, V)} {result}, i64 0"),
+                    )
                 for level in range(1, max(self.level) + 1):
                     self._row_level(em, level)
 
@@ -904,7 +961,9 @@ class LoopCompiler:
                     self._sweep_part(em, order, stage, bounds, reduces=True)
                     for i in self.reduces:
                         if self.level[i] == stage:
-                            self._store_partial(em, i, [pointers[t] for t in partial[i]], fn.iadd(first, chunk))
+                            self._store_partial(
+                                em, i, [pointers[t] for t in partial[i]], fn.iadd(first, chunk)
+                            )
                 else:
                     for level in range(stage + 1, max(self.level) + 1):
                         self._row_level_quiet(em, level)
@@ -923,7 +982,12 @@ class LoopCompiler:
     def _row_level_quiet(self, em: Emitter, level: int) -> None:
         """Row-level instructions of ``level`` except stores."""
         for i, ins in enumerate(self.local.instrs):
-            if self.level[i] == level and level > 0 and not is_full(self.local, i) and ins.op not in ("reduce", "store"):
+            if (
+                self.level[i] == level
+                and level > 0
+                and not is_full(self.local, i)
+                and ins.op not in ("reduce", "store")
+            ):
                 em.emit(i, 0)
 
     def _row_stores(self, em: Emitter) -> None:
@@ -940,7 +1004,9 @@ class LoopCompiler:
         original = self._targets
         self._targets = lambda _level: chosen  # type: ignore[method-assign]
         try:
-            for d in sorted({self.local.instrs[i].args[1] for i in self._needed(chosen) if i in self._row_divided}):
+            for d in sorted(
+                {self.local.instrs[i].args[1] for i in self._needed(chosen) if i in self._row_divided}
+            ):
                 em.prepare_reciprocal(d)
             self._one_sweep(em, order, len(self.par) + 1, {}, set(), level, bounds)
         finally:

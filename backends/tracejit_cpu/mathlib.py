@@ -110,7 +110,14 @@ class Num:
 
 
 # -- float32 ----------------------------------------------------------------------------------------------------------
-_EXP32 = (1.9875691500e-4, 1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 5.0000001201e-1)
+_EXP32 = (
+    1.9875691500e-4,
+    1.3981999507e-3,
+    8.3334519073e-3,
+    4.1665795894e-2,
+    1.6666665459e-1,
+    5.0000001201e-1,
+)
 _LOG32 = (
     7.0376836292e-2,
     -1.1514610310e-1,
@@ -153,7 +160,9 @@ def _exp32(n: Num, x: str, bounded: bool = False) -> str:
 
     ``bounded`` promises -87 <= x <= 88, where one step is enough.
     """
-    magic = 12582912.0  # 1.5 * 2**23: adding it rounds to an integer that can be read from the low mantissa bits
+    magic = (
+        12582912.0  # 1.5 * 2**23: adding it rounds to an integer that can be read from the low mantissa bits
+    )
     xc = x if bounded else n.clamp(x, -104.5, 89.0)
     t = n.fma(xc, n.c(1.4426950408889634), n.c(magic))
     k = n.sub(t, n.c(magic))
@@ -290,8 +299,21 @@ def _cosh64(n: Num, x: str) -> str:
     return n.mul(n.add(_exp64(n, x), _exp64(n, n.neg(x))), n.c(0.5))
 
 
-_ATAN_P = (-8.750608600031904122785e-1, -1.615753718733365076637e1, -7.500855792314704667340e1, -1.228866684490136173410e2, -6.485021904942025371773e1)
-_ATAN_Q = (1.0, 2.485846490142306297962e1, 1.650270098316988542046e2, 4.328810604912902668951e2, 4.853903996359136964868e2, 1.945506571482613964425e2)
+_ATAN_P = (
+    -8.750608600031904122785e-1,
+    -1.615753718733365076637e1,
+    -7.500855792314704667340e1,
+    -1.228866684490136173410e2,
+    -6.485021904942025371773e1,
+)
+_ATAN_Q = (
+    1.0,
+    2.485846490142306297962e1,
+    1.650270098316988542046e2,
+    4.328810604912902668951e2,
+    4.853903996359136964868e2,
+    1.945506571482613964425e2,
+)
 
 
 def _atan64(n: Num, x: str) -> str:
@@ -415,8 +437,15 @@ _WIDE: dict[str, Callable[..., str]] = {
     "cos": lambda n, x: _sincos64(n, x)[1],
     "tan": lambda n, x: (lambda sc: n.div(sc[0], sc[1]))(_sincos64(n, x)),
 }
-_INLINE32: dict[str, Callable[[Num, str], str]] = {"exp": _exp32, "log": _log32, "tanh": _tanh32, "erf": _erf32}
-_SIGNED_ZERO = frozenset({"expm1", "log1p", "sinh", "sin", "tan", "arctan", "arcsin", "arctanh", "arcsinh", "cbrt"})
+_INLINE32: dict[str, Callable[[Num, str], str]] = {
+    "exp": _exp32,
+    "log": _log32,
+    "tanh": _tanh32,
+    "erf": _erf32,
+}
+_SIGNED_ZERO = frozenset(
+    {"expm1", "log1p", "sinh", "sin", "tan", "arctan", "arcsin", "arctanh", "arcsinh", "cbrt"}
+)
 
 
 def _shared(fn: Fn, name: str, ty: str, lanes: int, args: Sequence[str], make: Callable[[Fn], str]) -> str:
@@ -661,7 +690,13 @@ _COMPARE = {
 
 
 def emit(
-    fn: Fn, op: str, args: Sequence[str], src: Sequence[np.dtype], dst: np.dtype, lanes: int, attrs: Mapping[str, Any]
+    fn: Fn,
+    op: str,
+    args: Sequence[str],
+    src: Sequence[np.dtype],
+    dst: np.dtype,
+    lanes: int,
+    attrs: Mapping[str, Any],
 ) -> str:
     """Emit elementwise ``op`` on ``lanes`` values; ``src`` are the operands' dtypes, ``dst`` the result's."""
     first = src[0]
@@ -713,7 +748,9 @@ def emit(
     return _emit_unary(fn, op, args, first, dst, lanes, n)
 
 
-def _emit_unary(fn: Fn, op: str, args: Sequence[str], first: np.dtype, dst: np.dtype, lanes: int, n: Num) -> str:
+def _emit_unary(
+    fn: Fn, op: str, args: Sequence[str], first: np.dtype, dst: np.dtype, lanes: int, n: Num
+) -> str:
     x = args[0]
     floating = first.kind == "f"
     if op == "neg":
@@ -725,7 +762,10 @@ def _emit_unary(fn: Fn, op: str, args: Sequence[str], first: np.dtype, dst: np.d
     if op == "sign":
         if first.kind in "ub":
             return fn.op(f"zext {n.bool} {n.cmp('ne', x, n.c(0))} to {n.full}") if first.kind == "u" else x
-        up, down = n.cmp("ogt" if floating else "sgt", x, n.c(0)), n.cmp("olt" if floating else "slt", x, n.c(0))
+        up, down = (
+            n.cmp("ogt" if floating else "sgt", x, n.c(0)),
+            n.cmp("olt" if floating else "slt", x, n.c(0)),
+        )
         zero = n.select(n.isnan(x), x, n.c(0.0)) if floating else n.c(0)
         return n.select(up, n.c(1), n.select(down, n.c(-1), zero))
     if op in ("floor", "ceil", "rint", "trunc"):
@@ -753,9 +793,44 @@ ELEMENTWISE = (
     FUNCTIONS
     | frozenset(_COMPARE)
     | frozenset(
-        "convert identity stop_gradient where add sub mul div maximum minimum floordiv mod fmod pow bitwise_and bitwise_or "
-        "bitwise_xor logical_and logical_or logical_xor left_shift right_shift copysign neg abs sign floor ceil rint trunc "
-        "reciprocal invert logical_not isnan isinf isfinite".split()
+        [
+            "convert",
+            "identity",
+            "stop_gradient",
+            "where",
+            "add",
+            "sub",
+            "mul",
+            "div",
+            "maximum",
+            "minimum",
+            "floordiv",
+            "mod",
+            "fmod",
+            "pow",
+            "bitwise_and",
+            "bitwise_or",
+            "bitwise_xor",
+            "logical_and",
+            "logical_or",
+            "logical_xor",
+            "left_shift",
+            "right_shift",
+            "copysign",
+            "neg",
+            "abs",
+            "sign",
+            "floor",
+            "ceil",
+            "rint",
+            "trunc",
+            "reciprocal",
+            "invert",
+            "logical_not",
+            "isnan",
+            "isinf",
+            "isfinite",
+        ]
     )
 )
 
@@ -833,5 +908,17 @@ def horizontal(fn: Fn, kind: str, dtype: np.dtype, lanes: int, value: str) -> st
     return value
 
 
-__all__ = ["COST", "ELEMENTWISE", "FUNCTIONS", "Num", "combine", "convert", "cost", "emit", "horizontal", "identity", "maximum"]
+__all__ = [
+    "COST",
+    "ELEMENTWISE",
+    "FUNCTIONS",
+    "Num",
+    "combine",
+    "convert",
+    "cost",
+    "emit",
+    "horizontal",
+    "identity",
+    "maximum",
+]
 _ = intrinsic_suffix

@@ -195,7 +195,9 @@ def _emit_pack(module: Module, name: str, ty: str, memory: str, lanes: int, widt
         for q in range(lanes):
             dst = fn.gep("%dst", fn.imul(fn.iadd(k, q), width), ty)
             for v in range(vectors):
-                _store_first(fn, ty, columns[v][q], fn.gep(dst, v * lanes, ty), lanes, min(lanes, width - v * lanes))
+                _store_first(
+                    fn, ty, columns[v][q], fn.gep(dst, v * lanes, ty), lanes, min(lanes, width - v * lanes)
+                )
     with fn.loop(blocks, "%kc") as k:
         dst = fn.gep("%dst", fn.imul(k, width), ty)
         for j in range(width):

@@ -17,7 +17,9 @@ OPS = frozenset({"max_pool2d", "max_pool2d_grad", "max_pool2d_select", "avg_pool
 class Pool:
     """Emits one pooling kernel. Window cells are unrolled; cells in the padding are masked by selects."""
 
-    def __init__(self, module: Module, kernel: OpKernel, dtype_of: Callable[[int], np.dtype], name: str) -> None:
+    def __init__(
+        self, module: Module, kernel: OpKernel, dtype_of: Callable[[int], np.dtype], name: str
+    ) -> None:
         self.op = kernel.op
         self.operands = len(kernel.operands)
         image = kernel.results[0][1] if kernel.op == "avg_pool2d_grad" else kernel.operands[0][1]
@@ -27,7 +29,19 @@ class Pool:
         (self.top, self.bottom), (self.left, self.right) = kernel.attrs["padding"]
         self.dtype = dtype_of(kernel.operands[0][0])
         self.ty, self.mem = value_type(self.dtype), memory_type(self.dtype)
-        self.fn = Fn(module, f"{name}_p", ", ".join([*(f"ptr %a{i}" for i in range(len(kernel.operands))), "ptr %out", "i64 %lo", "i64 %hi", "ptr %scr"]))
+        self.fn = Fn(
+            module,
+            f"{name}_p",
+            ", ".join(
+                [
+                    *(f"ptr %a{i}" for i in range(len(kernel.operands))),
+                    "ptr %out",
+                    "i64 %lo",
+                    "i64 %hi",
+                    "ptr %scr",
+                ]
+            ),
+        )
         self.pads = bool(self.top or self.bottom or self.left or self.right)
 
     def load(self, pointer: str) -> str:
@@ -99,12 +113,16 @@ class Pool:
                     for cell, ok in self.cells(y, x):
                         value = self.load(fn.gep(plane_p, cell, self.mem))
                         if ok is not None:
-                            value = fn.op(f"select i1 {ok}, {self.ty} {value}, {self.ty} {const(0.0, self.ty)}")
+                            value = fn.op(
+                                f"select i1 {ok}, {self.ty} {value}, {self.ty} {const(0.0, self.ty)}"
+                            )
                         total = fn.op(f"fadd {self.ty} {total}, {value}")
                     mean = fn.op(f"fmul {self.ty} {total}, {const(1 / area, self.ty)}")
                     self.store(mean, fn.gep("%out", at, self.mem))
                 elif self.op == "avg_pool2d_grad":
-                    share = fn.op(f"fmul {self.ty} {self.load(fn.gep(source, at, self.mem))}, {const(1 / area, self.ty)}")
+                    share = fn.op(
+                        f"fmul {self.ty} {self.load(fn.gep(source, at, self.mem))}, {const(1 / area, self.ty)}"
+                    )
                     for cell, ok in self.cells(y, x):
                         self._add(target, cell, share, ok)
                 else:

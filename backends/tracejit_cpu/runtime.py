@@ -19,7 +19,22 @@ from tracejit_cpu import codecache
 from tracejit_cpu.host import Host, host, thread_count
 
 # Byte offsets in the state block; each group of fields that one side writes has its own pair of cache lines.
-GEN, GEN_SLEEP, FUNCTION, ARGS, NT, DONE, DONE_SLEEP, BAR_COUNT, BAR_GEN, BAR_SLEEP, LOCK, SPIN, STARTED, PARKED = (
+(
+    GEN,
+    GEN_SLEEP,
+    FUNCTION,
+    ARGS,
+    NT,
+    DONE,
+    DONE_SLEEP,
+    BAR_COUNT,
+    BAR_GEN,
+    BAR_SLEEP,
+    LOCK,
+    SPIN,
+    STARTED,
+    PARKED,
+) = (
     0,
     64,
     128,
@@ -48,7 +63,11 @@ def _pause(target: Host) -> tuple[str, str]:
 
 def uses_futex() -> bool:
     """Whether sleeping goes through the Linux futex system call."""
-    return sys.platform.startswith("linux") and host().arch in ("x86_64", "aarch64") and not os.environ.get("TRACEJIT_CPU_PORTABLE_THREADS")
+    return (
+        sys.platform.startswith("linux")
+        and host().arch in ("x86_64", "aarch64")
+        and not os.environ.get("TRACEJIT_CPU_PORTABLE_THREADS")
+    )
 
 
 def runtime_ir(target: Host, futex: bool) -> str:
@@ -264,12 +283,12 @@ class Pool:
         self._memory = ctypes.create_string_buffer(STATE_BYTES + 128)
         base = ctypes.addressof(self._memory)
         self.state = base + (-base) % 128
-        self._launch = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64)(
-            self.loaded.address("tj_launch")
-        )
-        self._worker = ctypes.CFUNCTYPE(ctypes.c_int32, ctypes.c_void_p, ctypes.c_int64, ctypes.c_uint32, ctypes.c_void_p)(
-            self.loaded.address("tj_worker")
-        )
+        self._launch = ctypes.CFUNCTYPE(
+            None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64
+        )(self.loaded.address("tj_launch"))
+        self._worker = ctypes.CFUNCTYPE(
+            ctypes.c_int32, ctypes.c_void_p, ctypes.c_int64, ctypes.c_uint32, ctypes.c_void_p
+        )(self.loaded.address("tj_worker"))
         self._lock = threading.Lock()
         self._condition = threading.Condition()
         self._workers: list[threading.Thread] = []

@@ -119,11 +119,20 @@ def _scatter_rows(module: Module, kernel: OpKernel, dtype_of: DtypeOf, name: str
 
                 def add(i: str, lanes: int, target: str = target, source: str = source) -> None:
                     p = fn.gep(target, i, e.mem)
-                    e.store(e.combine("sum", e.load(p, lanes), e.load(fn.gep(source, i, e.mem), lanes), lanes), p, lanes)
+                    e.store(
+                        e.combine("sum", e.load(p, lanes), e.load(fn.gep(source, i, e.mem), lanes), lanes),
+                        p,
+                        lanes,
+                    )
 
                 e.each(inner, add)
     fn.finish()
-    return Stage(fn.name, [0, 1, 2, 3], outer * ranges, (outer * count * inner + math.prod(shape)) * 0.4 + outer * count * 3.0)
+    return Stage(
+        fn.name,
+        [0, 1, 2, 3],
+        outer * ranges,
+        (outer * count * inner + math.prod(shape)) * 0.4 + outer * count * 3.0,
+    )
 
 
 def _scatter_along(module: Module, kernel: OpKernel, dtype_of: DtypeOf, name: str, in_place: bool) -> Stage:
@@ -164,7 +173,11 @@ def _cumulative(module: Module, kernel: OpKernel, dtype_of: DtypeOf, name: str) 
         return mathlib.convert(fn, a.load(fn.gep("%src", at, a.mem)), a.dtype, out_dtype, 1)
 
     with fn.loop("%lo", "%hi") as line:
-        o, c = (fn.op(f"udiv i64 {line}, {inner}"), fn.op(f"urem i64 {line}, {inner}")) if inner > 1 else (line, "0")
+        o, c = (
+            (fn.op(f"udiv i64 {line}, {inner}"), fn.op(f"urem i64 {line}, {inner}"))
+            if inner > 1
+            else (line, "0")
+        )
         start = fn.iadd(fn.imul(o, size * inner), c)
         total = fn.var(e.ty, const(mathlib.identity(kind, out_dtype), e.ty))
         with fn.loop(0, size) as k:

@@ -17,7 +17,6 @@ from tracejit.backend import Timing
 from tracejit.errors import DeviceOutOfMemoryError, describe
 from tracejit.events import KernelInfo
 from tracejit.graph import Graph, Node
-
 from tracejit_numpy.schedule import low_peak_order
 
 #: Elementwise ops that are exactly one NumPy ufunc: called directly, and able to write into a dying operand.

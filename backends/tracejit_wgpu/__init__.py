@@ -42,7 +42,9 @@ class WgpuBackend:
             conv_epilogue=False,
             recompute_flops=16,
             index_bits=32,
-            dtypes=frozenset({"bool", "int8", "int16", "int32", "uint8", "uint16", "uint32", "float16", "float32"}),
+            dtypes=frozenset(
+                {"bool", "int8", "int16", "int32", "uint8", "uint16", "uint32", "float16", "float32"}
+            ),
         )
 
     def compile(self, program: Program, spec: str) -> Executable:

@@ -26,7 +26,14 @@ DEFAULT_LIMITS = {
     "max-storage-buffers-per-shader-stage": 8,
     "max-compute-workgroups-per-dimension": 65535,
 }
-FEATURES = ("shader-f16", "subgroup", "subgroup-barrier", "timestamp-query", "timestamp-query-inside-passes", "pipeline-cache")
+FEATURES = (
+    "shader-f16",
+    "subgroup",
+    "subgroup-barrier",
+    "timestamp-query",
+    "timestamp-query-inside-passes",
+    "pipeline-cache",
+)
 _RANK = {"DiscreteGPU": 0, "IntegratedGPU": 1, "VirtualGPU": 2, "Unknown": 3, "CPU": 4}
 _BACKENDS = ("Vulkan", "Metal", "D3D12")
 
@@ -57,7 +64,9 @@ class Adapter:
 def quiet() -> None:
     """Give drivers the directory that they complain about on stderr when it is missing."""
     if sys.platform.startswith("linux") and not os.path.isdir(os.environ.get("XDG_RUNTIME_DIR", "")):
-        os.environ["XDG_RUNTIME_DIR"] = os.environ.get("TMPDIR", "/tmp")  # drivers complain on stderr without it
+        os.environ["XDG_RUNTIME_DIR"] = os.environ.get(
+            "TMPDIR", "/tmp"
+        )  # drivers complain on stderr without it
 
 
 def adapters() -> list[Adapter]:
@@ -82,7 +91,9 @@ def _enumerate() -> list[Adapter]:
         import wgpu
     except Exception as error:
         raise DeviceError.make(
-            f"the wgpu package does not load ({type(error).__name__}: {error})", op="device", hint="pip install wgpu"
+            f"the wgpu package does not load ({type(error).__name__}: {error})",
+            op="device",
+            hint="pip install wgpu",
         ) from error
     logging.getLogger("wgpu").setLevel(logging.CRITICAL)
     try:
@@ -94,7 +105,9 @@ def _enumerate() -> list[Adapter]:
         info = handle.info
         if info["backend_type"] not in _BACKENDS:
             continue  # OpenGL repeats the same device with fewer abilities
-        rows.append((_RANK.get(info["adapter_type"], 3), _BACKENDS.index(info["backend_type"]), len(rows), handle))
+        rows.append(
+            (_RANK.get(info["adapter_type"], 3), _BACKENDS.index(info["backend_type"]), len(rows), handle)
+        )
     if not rows:
         rows = [(9, 9, i, h) for i, h in enumerate(handles) if "compute" not in str(h.info.get("device", ""))]
     rows.sort(key=lambda r: r[:3])
@@ -141,7 +154,11 @@ def select(spec: str) -> Adapter:
         if int(wanted) < len(found):
             return found[int(wanted)]
     elif wanted in ("low-power", "high-performance"):
-        order = {"IntegratedGPU": 0, "DiscreteGPU": 1} if wanted == "low-power" else {"DiscreteGPU": 0, "IntegratedGPU": 1}
+        order = (
+            {"IntegratedGPU": 0, "DiscreteGPU": 1}
+            if wanted == "low-power"
+            else {"DiscreteGPU": 0, "IntegratedGPU": 1}
+        )
         return min(found, key=lambda a: (order.get(a.kind, 2 + _RANK.get(a.kind, 3)), a.index))
     elif wanted == "cpu":
         software = [a for a in found if a.is_cpu]
@@ -153,7 +170,9 @@ def select(spec: str) -> Adapter:
             return named[0]
     names = ", ".join(f"wgpu:{a.index} = {a.name} ({a.kind})" for a in found)
     raise DeviceError.make(
-        f"no adapter matches {wanted!r}", op="device", hint=f"there are: {names}; also low-power, high-performance, cpu"
+        f"no adapter matches {wanted!r}",
+        op="device",
+        hint=f"there are: {names}; also low-power, high-performance, cpu",
     )
 
 

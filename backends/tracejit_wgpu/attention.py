@@ -34,7 +34,11 @@ def attention_dispatches(kernel: AttentionKernel, tables: Tables) -> list[Dispat
     delta, first = _delta(kernel, tables)
     if small:
         return [*first, *composite.backward(kernel, tables, delta)]
-    return [*first, _Attention(kernel, tables).backward_keys(delta), _Attention(kernel, tables).backward_queries(delta)]
+    return [
+        *first,
+        _Attention(kernel, tables).backward_keys(delta),
+        _Attention(kernel, tables).backward_queries(delta),
+    ]
 
 
 def _delta(k: AttentionKernel, tables: Tables) -> tuple[int, list[Dispatch]]:
@@ -101,7 +105,10 @@ class _Attention:
         if access is None:
             return
         vector = (
-            access.strides[-1] == 1 and width % 4 == 0 and access.offset % 4 == 0 and all(s % 4 == 0 for s in access.strides[:-1])
+            access.strides[-1] == 1
+            and width % 4 == 0
+            and access.offset % 4 == 0
+            and all(s % 4 == 0 for s in access.strides[:-1])
         )
         self.shader.bind(access.buffer, vector=vector, write=write)
 
@@ -109,7 +116,17 @@ class _Attention:
         """Address of (t=0, d=0) of this workgroup's batch element."""
         return wgsl.u32_offset(zip(access.strides[:-2], batch), access.offset)
 
-    def load(self, tile: str, access: Access, base: str, first: str, count: int, width: int, w4: int, scale: str = "") -> str:
+    def load(
+        self,
+        tile: str,
+        access: Access,
+        base: str,
+        first: str,
+        count: int,
+        width: int,
+        w4: int,
+        scale: str = "",
+    ) -> str:
         """Fill a tile with rows ``first .. first + bt`` of an operand, zeros outside; swizzled against bank conflicts."""
         sh, total = self.shader, self.bt * w4
         vector = sh.binding(access.buffer).vector
@@ -155,7 +172,9 @@ class _Attention:
 
     def put(self, tile: str, name: str) -> str:
         """Store the score tile ``name`` as [row][column / 4]."""
-        return "".join(f" {self.at(tile, f'(ty * 4u + {i}u)', 'tx', self.bt // 4)} = {name}{i};\n" for i in range(4))
+        return "".join(
+            f" {self.at(tile, f'(ty * 4u + {i}u)', 'tx', self.bt // 4)} = {name}{i};\n" for i in range(4)
+        )
 
     def accumulators(self, name: str, groups: int) -> str:
         """Four rows by ``groups`` vectors of columns."""
@@ -169,12 +188,16 @@ class _Attention:
     def times(self, p: str, x: str, name: str, groups: int, w4: int) -> str:
         """name += P X, P the score tile."""
         out = f" for (var j = 0u; j < {self.bt // 4}u; j++) {{\n"
-        out += "".join(f"  let p{i} = {self.at(p, f'(ty * 4u + {i}u)', 'j', self.bt // 4)};\n" for i in range(4))
+        out += "".join(
+            f"  let p{i} = {self.at(p, f'(ty * 4u + {i}u)', 'j', self.bt // 4)};\n" for i in range(4)
+        )
         for q, c in enumerate(XYZW):
             for g in range(groups):
                 out += f"  let v{q}_{g} = {self.at(x, f'(j * 4u + {q}u)', self.column(g, w4), w4)};\n"
             out += "".join(
-                f"  {name}{i}_{g} = fma(vec4<f32>(p{i}.{c}), v{q}_{g}, {name}{i}_{g});\n" for i in range(4) for g in range(groups)
+                f"  {name}{i}_{g} = fma(vec4<f32>(p{i}.{c}), v{q}_{g}, {name}{i}_{g});\n"
+                for i in range(4)
+                for g in range(groups)
             )
         return out + " }\n"
 
@@ -183,7 +206,11 @@ class _Attention:
         out = f" for (var j = 0u; j < {self.bt}u; j++) {{\n  let p = {self.at(p, 'j', 'ty', self.bt // 4)};\n"
         for g in range(groups):
             out += f"  let v{g} = {self.at(x, 'j', self.column(g, w4), w4)};\n"
-        out += "".join(f"  {name}{i}_{g} = fma(vec4<f32>(p.{XYZW[i]}), v{g}, {name}{i}_{g});\n" for i in range(4) for g in range(groups))
+        out += "".join(
+            f"  {name}{i}_{g} = fma(vec4<f32>(p.{XYZW[i]}), v{g}, {name}{i}_{g});\n"
+            for i in range(4)
+            for g in range(groups)
+        )
         return out + " }\n"
 
     def reduce(self, names: list[str], op: str) -> str:
@@ -200,7 +227,11 @@ class _Attention:
                 step *= 2
             return out
         memory = self.shader.memory("f32", self.bt * self.tx)
-        out += _BARRIER + "".join(f" {memory}[(ty * 4u + {i}u) * {self.tx}u + tx] = {n};\n" for i, n in enumerate(names)) + _BARRIER
+        out += (
+            _BARRIER
+            + "".join(f" {memory}[(ty * 4u + {i}u) * {self.tx}u + tx] = {n};\n" for i, n in enumerate(names))
+            + _BARRIER
+        )
         for i, n in enumerate(names):
             out += f" {n} = {memory}[(ty * 4u + {i}u) * {self.tx}u];\n"
             out += f" for (var s = 1u; s < {self.tx}u; s++) {{ {n} = {join(n, f'{memory}[(ty * 4u + {i}u) * {self.tx}u + s]')}; }}\n"
@@ -234,7 +265,18 @@ class _Attention:
                     out += f" {{ {lines} }}\n"
         return out
 
-    def write(self, access: Access, base: str, row: str, count: int, width: int, w4: int, name: str, groups: int, scale: str) -> str:
+    def write(
+        self,
+        access: Access,
+        base: str,
+        row: str,
+        count: int,
+        width: int,
+        w4: int,
+        name: str,
+        groups: int,
+        scale: str,
+    ) -> str:
         """Store accumulators as rows of a result."""
         sh, out = self.shader, ""
         st, sd = access.strides[-2:]
@@ -252,8 +294,14 @@ class _Attention:
                     line = ""
                     for j in range(4):
                         one = sh.stored(f"({value}.{XYZW[j]}{scale.replace('@', str(i))})", dtype)
-                        inner = f"{bound.name}[{base} + row * {st}u + ({column} * 4u + {j}u) * {sd}u] = {one};"
-                        line += inner if width % 4 == 0 else f"if ({column} * 4u + {j}u < {width}u) {{ {inner} }} "
+                        inner = (
+                            f"{bound.name}[{base} + row * {st}u + ({column} * 4u + {j}u) * {sd}u] = {one};"
+                        )
+                        line += (
+                            inner
+                            if width % 4 == 0
+                            else f"if ({column} * 4u + {j}u < {width}u) {{ {inner} }} "
+                        )
                 lines += line if (g + 1) * self.tx <= w4 else f"if ({column} < {w4}u) {{ {line} }} "
             guard = f"if (row < {count}u) {{ {lines} }}" if count % self.bt else lines
             out += f" {{ let row = {row} + ty * 4u + {i}u; {guard} }}\n"
@@ -317,7 +365,9 @@ class _Attention:
             base = wgsl.u32_offset(zip(k.lse.strides[:-1], batch), k.lse.offset)
             for i in range(4):
                 line = f"{name}[{base} + row * {k.lse.strides[-1]}u] = (m{i} + log2(l{i})) * {_LN2}f;"
-                text += f" if (tx == 0u) {{ let row = q0 + ty * 4u + {i}u; if (row < {k.tq}u) {{ {line} }} }}\n"
+                text += (
+                    f" if (tx == 0u) {{ let row = q0 + ty * 4u + {i}u; if (row < {k.tq}u) {{ {line} }} }}\n"
+                )
         return self.finish(text, self.nq, "")
 
     def _rows(self, delta: int, batch: list[str]) -> str:
@@ -348,20 +398,37 @@ class _Attention:
         self.bind(k.dv, k.dv_dim, True)
         text, batch = self.batch()
         text += f" let jb = block; let k0 = jb * {bt}u;\n"
-        for name, access in (("qa", k.q), ("ka", k.k), ("va", k.v), ("ga", k.dout), ("dka", k.dk), ("dva", k.dv)):
+        for name, access in (
+            ("qa", k.q),
+            ("ka", k.k),
+            ("va", k.v),
+            ("ga", k.dout),
+            ("dka", k.dk),
+            ("dva", k.dv),
+        ):
             text += f" let {name} = {self.base(access, batch)};\n"
         text += self.accumulators("k", self.cd) + self.accumulators("w", self.ce)
         loop = _BARRIER + self.load("a", k.q, "qa", "q0", k.tq, k.d, self.d4, f" * {k.scale * _LOG2E!r}f")
-        loop += self.load("b", k.k, "ka", "k0", k.tk, k.d, self.d4) + self.load("c", k.dout, "ga", "q0", k.tq, k.dv_dim, self.e4)
+        loop += self.load("b", k.k, "ka", "k0", k.tk, k.d, self.d4) + self.load(
+            "c", k.dout, "ga", "q0", k.tq, k.dv_dim, self.e4
+        )
         loop += self._rows(delta, batch) + _BARRIER
         loop += self.scores("a", "b", self.d4, "s") + self.mask("s", "q0", "k0", batch, True)
         loop += "".join(f" s{i} = exp2(s{i} - L{i});\n" for i in range(4))
         if k.tq % bt:
-            loop += "".join(f" if (q0 + ty * 4u + {i}u >= {k.tq}u) {{ s{i} = vec4<f32>(); }}\n" for i in range(4))
+            loop += "".join(
+                f" if (q0 + ty * 4u + {i}u >= {k.tq}u) {{ s{i} = vec4<f32>(); }}\n" for i in range(4)
+            )
         loop += _BARRIER + self.load("b", k.v, "va", "k0", k.tk, k.dv_dim, self.e4) + _BARRIER
-        loop += self.scores("c", "b", self.e4, "d") + "".join(f" d{i} = s{i} * (d{i} - D{i});\n" for i in range(4))
-        loop += _BARRIER + self.put("b", "s") + _BARRIER + self.transposed_times("b", "c", "w", self.ce, self.e4)
-        loop += _BARRIER + self.put("b", "d") + _BARRIER + self.transposed_times("b", "a", "k", self.cd, self.d4)
+        loop += self.scores("c", "b", self.e4, "d") + "".join(
+            f" d{i} = s{i} * (d{i} - D{i});\n" for i in range(4)
+        )
+        loop += (
+            _BARRIER + self.put("b", "s") + _BARRIER + self.transposed_times("b", "c", "w", self.ce, self.e4)
+        )
+        loop += (
+            _BARRIER + self.put("b", "d") + _BARRIER + self.transposed_times("b", "a", "k", self.cd, self.d4)
+        )
         start = "jb" if k.causal else "0u"
         text += f" for (var qb = {start}; qb < {self.nq}u; qb++) {{ let q0 = qb * {bt}u;\n{loop} }}\n"
         text += self.write(k.dk, "dka", "k0", k.tk, k.d, self.d4, "k", self.cd, f" * {_LN2}f")
@@ -381,11 +448,17 @@ class _Attention:
         text += self._rows(delta, batch) + self.accumulators("k", self.cd)
         last = f"min(qb, {self.nk - 1}u)" if k.causal else f"{self.nk - 1}u"
         loop = _BARRIER + self.load("a", k.q, "qa", "q0", k.tq, k.d, self.d4, f" * {k.scale * _LOG2E!r}f")
-        loop += self.load("b", k.k, "ka", "k0", k.tk, k.d, self.d4) + self.load("c", k.v, "va", "k0", k.tk, k.dv_dim, self.e4) + _BARRIER
+        loop += (
+            self.load("b", k.k, "ka", "k0", k.tk, k.d, self.d4)
+            + self.load("c", k.v, "va", "k0", k.tk, k.dv_dim, self.e4)
+            + _BARRIER
+        )
         loop += self.scores("a", "b", self.d4, "s") + self.mask("s", "q0", "k0", batch, True)
         loop += "".join(f" s{i} = exp2(s{i} - L{i});\n" for i in range(4))
         loop += _BARRIER + self.load("a", k.dout, "ga", "q0", k.tq, k.dv_dim, self.e4) + _BARRIER
-        loop += self.scores("a", "c", self.e4, "d") + "".join(f" d{i} = s{i} * (d{i} - D{i});\n" for i in range(4))
+        loop += self.scores("a", "c", self.e4, "d") + "".join(
+            f" d{i} = s{i} * (d{i} - D{i});\n" for i in range(4)
+        )
         loop += _BARRIER + self.put("c", "d") + _BARRIER + self.times("c", "b", "k", self.cd, self.d4)
         if self.nk:
             text += f" for (var kb = 0u; kb <= {last}; kb++) {{ let k0 = kb * {bt}u;\n{loop} }}\n"

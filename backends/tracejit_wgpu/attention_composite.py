@@ -26,7 +26,13 @@ def _pair(access: Access, first: bool) -> tuple[int, ...]:
 
 
 def _product(
-    k: AttentionKernel, tables: Tables, sizes: tuple[int, int, int], a: Access, b: Access, body: BodyBuilder, label: str
+    k: AttentionKernel,
+    tables: Tables,
+    sizes: tuple[int, int, int],
+    a: Access,
+    b: Access,
+    body: BodyBuilder,
+    label: str,
 ) -> list[Dispatch]:
     m, n, inner = sizes
     problem = Contract(k.batch, (m,), (n,), (inner,), a, b, body.body(), _F)
@@ -39,7 +45,9 @@ def _scaled(k: AttentionKernel, body: BodyBuilder, tables: Tables) -> int:
     score = body.op("mul", body.op("acc", dtype=_F), body.const(k.scale, _F))
     low = body.const(-np.inf, _F)
     if k.causal:
-        score = body.op("where", body.op("less_equal", body.index(nb + 1), body.index(nb), dtype=BOOL), score, low)
+        score = body.op(
+            "where", body.op("less_equal", body.index(nb + 1), body.index(nb), dtype=BOOL), score, low
+        )
     if k.mask is not None:
         kind = tables.dtype(k.mask.buffer)
         mask = body.op("load", dtype=kind, access=k.mask)
@@ -85,7 +93,13 @@ def forward(k: AttentionKernel, tables: Tables) -> list[Dispatch]:
     probabilities = Access(weights, (*flat[:-1], 0, 1))
     values = Access(k.v.buffer, (*batch, 0, d, t), k.v.offset)
     return out + _product(
-        k, tables, (k.tq, k.dv_dim, k.tk), probabilities, values, _result(k, k.tq, k.dv_dim, k.out, tables), "out"
+        k,
+        tables,
+        (k.tq, k.dv_dim, k.tk),
+        probabilities,
+        values,
+        _result(k, k.tq, k.dv_dim, k.out, tables),
+        "out",
     )
 
 

@@ -53,7 +53,9 @@ def with_axes(body: LoopBody) -> LoopBody:
     reduced = frozenset(body.reduce_axes)
     everything = frozenset(range(len(body.domain)))
     for instr in body.instrs:
-        axes = frozenset[int]().union(*(found[p] for p in operands(instr))) if operands(instr) else frozenset()
+        axes = (
+            frozenset[int]().union(*(found[p] for p in operands(instr))) if operands(instr) else frozenset()
+        )
         strides = _strides(instr)
         if strides is not None:
             axes |= frozenset(a for a, s in enumerate(strides) if s)

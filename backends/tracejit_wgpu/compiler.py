@@ -136,7 +136,9 @@ def _aliases(program: Program, buffers: dict[int, Any], target: Target) -> dict[
                 theirs = buffers[old]
                 if old == new or theirs.kind != "temp" or theirs.offset != mine.offset or old in taken:
                     continue
-                same = wgsl.storage_type(mine.dtype, target.f16) == wgsl.storage_type(theirs.dtype, target.f16)
+                same = wgsl.storage_type(mine.dtype, target.f16) == wgsl.storage_type(
+                    theirs.dtype, target.f16
+                )
                 if spans[old][1] == number and same and mine.size == theirs.size:
                     root = out.get(old, old)
                     out[new] = root

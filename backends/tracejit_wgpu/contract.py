@@ -63,7 +63,10 @@ def normalise(c: Contract) -> Problem:
                 continue
             if groups:
                 last = groups[-1][-1]
-                fits = c.a.strides[last] == c.a.strides[axis] * size and c.b.strides[last] == c.b.strides[axis] * size
+                fits = (
+                    c.a.strides[last] == c.a.strides[axis] * size
+                    and c.b.strides[last] == c.b.strides[axis] * size
+                )
                 fits = fits and not {last, axis} & indexed
                 if fits and (g == 3 or all(s[last] == s[axis] * size for s in rows)):
                     groups[-1] = (*groups[-1], axis)
@@ -100,7 +103,11 @@ def contract_dispatches(problems: Sequence[Contract], tables: Tables, label: str
     out: list[Dispatch] = []
     groups: list[list[Problem]] = []
     for p in ready:
-        if groups and _alike(groups[-1][0], p) and _bindings([*groups[-1], p], tables) <= tables.target.buffers:
+        if (
+            groups
+            and _alike(groups[-1][0], p)
+            and _bindings([*groups[-1], p], tables) <= tables.target.buffers
+        ):
             groups[-1].append(p)
         else:
             groups.append([p])
@@ -118,7 +125,11 @@ def _bindings(problems: Sequence[Problem], tables: Tables) -> int:
     found: set[int] = set()
     for p in problems:
         reads, writes = bodies.buffers(p.epilogue)
-        found |= {tables.alias.get(b, b) for b in (p.a.buffer, p.b.buffer, *reads, *writes) if b not in tables.scalars}
+        found |= {
+            tables.alias.get(b, b)
+            for b in (p.a.buffer, p.b.buffer, *reads, *writes)
+            if b not in tables.scalars
+        }
     return len(found)
 
 
@@ -212,7 +223,11 @@ def _tiled(problems: Sequence[Problem], tables: Tables, label: str) -> list[Disp
     split = tile.split
     naxis = len(p.batch) + len(p.m) + len(p.n) - 1
     wide = bool(p.n) and p.n[-1] % 4 == 0
-    partial = tables.scratch(split * nb * len(problems) * m * n, p.acc if p.acc.kind != "b" else np.uint32) if split > 1 else None
+    partial = (
+        tables.scratch(split * nb * len(problems) * m * n, p.acc if p.acc.kind != "b" else np.uint32)
+        if split > 1
+        else None
+    )
     for q in problems:
         shader.bind(q.a.buffer, vector=_vector_ok(q, q.a, "m"), write=False)
         shader.bind(q.b.buffer, vector=_vector_ok(q, q.b, "n"), write=False)
@@ -307,7 +322,9 @@ def _kernel(
         f" let m0 = (tile / {nt}u) * {tile.bm}u; let n0 = (tile % {nt}u) * {tile.bn}u;\n"
     ]
     if tile.split > 1:
-        out.append(f" let part = rest % {tile.split}u; let bz = rest / {tile.split}u;\n let k0 = part * {span}u;\n")
+        out.append(
+            f" let part = rest % {tile.split}u; let bz = rest / {tile.split}u;\n let k0 = part * {span}u;\n"
+        )
         out.append(f" let kend = min(k0 + {span}u, {k}u);\n")
     else:
         out.append(f" let bz = rest;\n let k0 = 0u; let kend = {k}u;\n")
@@ -333,13 +350,17 @@ def _kernel(
         cases = []
         for number, q in enumerate(problems):
             inner = "".join(f(shader, (q.a, q.b)[s]) for s, f in enumerate(loads))
-            cases.append(f"{indent}{'default' if number == len(problems) - 1 else f'case {number}u'}: {{ {inner} }}\n")
+            cases.append(
+                f"{indent}{'default' if number == len(problems) - 1 else f'case {number}u'}: {{ {inner} }}\n"
+            )
         return f"{indent}switch (problem) {{\n{''.join(cases)}{indent}}}\n"
 
     put = "".join(stores)
     compute = _compute(tile, la, lb, base, memory, tx_count, ty_count, kind)
     out.append(" var kp = k0;\n" + load_all(" "))
-    out.append(f" for (kp = k0 + {bk}u; kp < kend; kp += {bk}u) {{\n{put}  workgroupBarrier();\n{load_all('  ')}{compute}  workgroupBarrier();\n }}\n")
+    out.append(
+        f" for (kp = k0 + {bk}u; kp < kend; kp += {bk}u) {{\n{put}  workgroupBarrier();\n{load_all('  ')}{compute}  workgroupBarrier();\n }}\n"
+    )
     out.append(f" {{\n{put}  workgroupBarrier();\n{compute} }}\n")
     if partial is not None:
         out.append(_store_partial(shader, p, tile, partial, len(problems), tx_count, ty_count, m, n, nb))
@@ -349,12 +370,24 @@ def _kernel(
         out.append(" switch (problem) {\n")
         for number, q in enumerate(problems):
             head = "default" if number == len(problems) - 1 else f"case {number}u"
-            out.append(f" {head}: {{\n{_epilogue(shader, q, tile, batch_index, tx_count, ty_count, m, n, wide)} }}\n")
+            out.append(
+                f" {head}: {{\n{_epilogue(shader, q, tile, batch_index, tx_count, ty_count, m, n, wide)} }}\n"
+            )
         out.append(" }\n")
     return "".join(out), mt * nt * tile.split * nb * len(problems)
 
 
-def _stage(shader: Shader, x: _Loader, p: Problem, tile: Tile, zero: str, tail: bool, base: int, memory: str, threads: int):  # type: ignore[no-untyped-def]
+def _stage(
+    shader: Shader,
+    x: _Loader,
+    p: Problem,
+    tile: Tile,
+    zero: str,
+    tail: bool,
+    base: int,
+    memory: str,
+    threads: int,
+):  # type: ignore[no-untyped-def]
     """Set-up code, a function that emits the global loads of a tile, and the stores into workgroup memory."""
     bk, bd, name = tile.bk, x.tile, x.name
     pieces = bd * bk // 4
@@ -373,7 +406,11 @@ def _stage(shader: Shader, x: _Loader, p: Problem, tile: Tile, zero: str, tail: 
             rows = [f"{origin} + d_{s}"]
         else:
             out.append(f" let k_{s} = {e} / {bd // 4}u; let d_{s} = ({e} % {bd // 4}u) * 4u;\n")
-            rows = [f"{origin} + d_{s}"] if x.vector or exact and x.rows and x.rows[-1] % 4 == 0 and len(x.rows) == 1 else [f"{origin} + d_{s} + {j}u" for j in range(4)]
+            rows = (
+                [f"{origin} + d_{s}"]
+                if x.vector or (exact and x.rows and x.rows[-1] % 4 == 0 and len(x.rows) == 1)
+                else [f"{origin} + d_{s} + {j}u" for j in range(4)]
+            )
         limit = x.extent - (4 if not x.along_k and len(rows) == 1 else 1)
         for j, row in enumerate(rows):
             text = row if exact else f"min({row}, {limit}u)"
@@ -397,7 +434,9 @@ def _stage(shader: Shader, x: _Loader, p: Problem, tile: Tile, zero: str, tail: 
             if x.vector:
                 guard_k = [f"kp + k_{s} < kend"] if tail else []
                 where = _address(sh, x, p, access, f"p_{s}_0", f"kp + k_{s}", single, kstride, body)
-                body.append(f"v_{s} = {vec_convert(sh, f'{sh.binding(access.buffer).name}[({where}) >> 2u]', dtype, kind)};")
+                body.append(
+                    f"v_{s} = {vec_convert(sh, f'{sh.binding(access.buffer).name}[({where}) >> 2u]', dtype, kind)};"
+                )
                 text = " ".join(body)
                 if guard_k:
                     text = f"if ({guard_k[0]}) {{ {text} }} else {{ v_{s} = {zero}; }}"
@@ -407,7 +446,9 @@ def _stage(shader: Shader, x: _Loader, p: Problem, tile: Tile, zero: str, tail: 
                     row = f"p_{s}_{j if rows == 4 else 0}"
                     kk = f"kp + k_{s} + {j}u" if x.along_k else f"kp + k_{s}"
                     extra = 0 if rows == 4 or x.along_k else j * x.row_strides[-1]
-                    where = _address(sh, x, p, access, row, kk, single, kstride, part, j if x.along_k else 0, extra)
+                    where = _address(
+                        sh, x, p, access, row, kk, single, kstride, part, j if x.along_k else 0, extra
+                    )
                     value = sh.read(access.buffer, where)
                     value = f"select(0u, 1u, {value})" if dtype.kind == "b" else value
                     part.append(f"v_{s}.{XYZW[j]} = {value if dtype.kind == 'b' else f'{kind}({value})'};")
@@ -426,7 +467,8 @@ def _stage(shader: Shader, x: _Loader, p: Problem, tile: Tile, zero: str, tail: 
         if x.along_k:
             swizzle = f"((d_{s} >> 2u) ^ (((k_{s} >> 2u) * {step}u) & {bd // 4 - 1}u))"
             lines = "".join(
-                f" {memory}[{base}u + (k_{s} + {q}u) * {bd // 4}u + {swizzle}][d_{s} & 3u] = v_{s}.{XYZW[q]};" for q in range(4)
+                f" {memory}[{base}u + (k_{s} + {q}u) * {bd // 4}u + {swizzle}][d_{s} & 3u] = v_{s}.{XYZW[q]};"
+                for q in range(4)
             )
             stores.append(f"  {guard}{{{lines} }}\n")
         else:
@@ -460,7 +502,14 @@ def _address(
 
 
 def _compute(
-    tile: Tile, la: _Loader, lb: _Loader, base: dict[str, int], memory: dict[str, str], tx: int, ty: int, kind: str
+    tile: Tile,
+    la: _Loader,
+    lb: _Loader,
+    base: dict[str, int],
+    memory: dict[str, str],
+    tx: int,
+    ty: int,
+    kind: str,
 ) -> str:
     """The inner product of one tile, fully unrolled over k."""
     out: list[str] = []
@@ -479,7 +528,11 @@ def _compute(
             a = f"vec4<{kind}>(a{k}_{i // 4}.{XYZW[i % 4]})"
             for g in range(tile.tn // 4):
                 c = f"c{i}_{g}"
-                out.append(f"  {c} = fma({a}, b{k}_{g}, {c});\n" if kind == "f32" else f"  {c} = {a} * b{k}_{g} + {c};\n")
+                out.append(
+                    f"  {c} = fma({a}, b{k}_{g}, {c});\n"
+                    if kind == "f32"
+                    else f"  {c} = {a} * b{k}_{g} + {c};\n"
+                )
     return "".join(out)
 
 
@@ -488,7 +541,16 @@ def _row(tile: Tile, i: int, ty: int) -> str:
 
 
 def _store_partial(
-    shader: Shader, p: Problem, tile: Tile, partial: int, count: int, tx: int, ty: int, m: int, n: int, nb: int
+    shader: Shader,
+    p: Problem,
+    tile: Tile,
+    partial: int,
+    count: int,
+    tx: int,
+    ty: int,
+    m: int,
+    n: int,
+    nb: int,
 ) -> str:
     bound = shader.binding(partial)
     out = [f" let out = (part * {nb * count}u + bz) * {m * n}u;\n"]
@@ -535,7 +597,12 @@ def _epilogue(
                 names = decompose(shader, "cc", p.n, head)
             index = [*batch, *([""] * nm), *names]
             emitter = Emitter(
-                shader, body, index, axis=nbatch + nm + nn - 1 if wide else None, width=4 if wide else 1, quarter=quarter
+                shader,
+                body,
+                index,
+                axis=nbatch + nm + nn - 1 if wide else None,
+                width=4 if wide else 1,
+                quarter=quarter,
             )
             for position, instr in enumerate(body.instrs):
                 if instr.op not in ("acc", "store") and set(instr.axes) <= column_axes:

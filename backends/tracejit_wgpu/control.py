@@ -142,4 +142,8 @@ def _scan_on_host(kernel: OpKernel, context: Context) -> None:
         context.write(buffer, value)
 
 
-RUNNERS: dict[str, Callable[[OpKernel, Any, Subprograms], None]] = {"cond": cond, "while_loop": while_loop, "scan": scan}
+RUNNERS: dict[str, Callable[[OpKernel, Any, Subprograms], None]] = {
+    "cond": cond,
+    "while_loop": while_loop,
+    "scan": scan,
+}

@@ -19,7 +19,9 @@ from tracejit_wgpu.loops import loop_dispatches
 Pair = tuple[int, int]
 
 
-def _epilogue(domain: tuple[int, ...], acc: np.dtype, buffer: int, strides: tuple[int, ...], dtype: np.dtype) -> LoopBody:
+def _epilogue(
+    domain: tuple[int, ...], acc: np.dtype, buffer: int, strides: tuple[int, ...], dtype: np.dtype
+) -> LoopBody:
     b = BodyBuilder(domain)
     value = b.op("acc", dtype=acc)
     if acc != dtype:
@@ -69,7 +71,9 @@ def conv2d(kernel: OpKernel, tables: Tables) -> list[Dispatch]:
     (sh, sw), (dh, dw), groups = a["stride"], a["dilation"], a["groups"]
     padding = a["padding"]
     size = tuple(e + lo + hi for e, (lo, hi) in zip(xs[2:], padding))
-    padded, ps, out = _spread(tables, x, xs, (padding[0][0], padding[1][0]), size, (1, 1), kernel.name + "_pad")
+    padded, ps, out = _spread(
+        tables, x, xs, (padding[0][0], padding[1][0]), size, (1, 1), kernel.name + "_pad"
+    )
     n, o, oh, ow = ys
     og, (cg, kh, kw) = o // groups, ws[1:]
     px, pw, py = row_major(ps), row_major(ws), row_major(ys)
@@ -114,7 +118,9 @@ def conv2d_weight_grad(kernel: OpKernel, tables: Tables) -> list[Dispatch]:
     (sh, sw), (dh, dw), groups = a["stride"], a["dilation"], a["groups"]
     padding = a["padding"]
     size = tuple(e + lo + hi for e, (lo, hi) in zip(xs[2:], padding))
-    padded, ps, out = _spread(tables, x, xs, (padding[0][0], padding[1][0]), size, (1, 1), kernel.name + "_pad")
+    padded, ps, out = _spread(
+        tables, x, xs, (padding[0][0], padding[1][0]), size, (1, 1), kernel.name + "_pad"
+    )
     n, o, oh, ow = gs
     cg, kh, kw = ys[1:]
     og = o // groups
@@ -142,10 +148,16 @@ def _window_load(
 
 
 def _lowest(dtype: np.dtype) -> Any:
-    return -np.inf if dtype.kind == "f" else (0 if dtype.kind == "u" else -(1 << (8 * min(dtype.itemsize, 4) - 1)))
+    return (
+        -np.inf
+        if dtype.kind == "f"
+        else (0 if dtype.kind == "u" else -(1 << (8 * min(dtype.itemsize, 4) - 1)))
+    )
 
 
-def _winner(b: BodyBuilder, source: int, shape: tuple[int, ...], dtype: np.dtype, a: Mapping[str, Any]) -> int:
+def _winner(
+    b: BodyBuilder, source: int, shape: tuple[int, ...], dtype: np.dtype, a: Mapping[str, Any]
+) -> int:
     """Row-major cell of the first maximum of each window inside the image."""
     value, inside = _window_load(b, source, shape, dtype, a, _lowest(dtype))
     cell = b.affine([(4, a["kernel"][1]), (5, 1)])
@@ -170,12 +182,21 @@ def avg_pool2d(kernel: OpKernel, tables: Tables) -> list[Dispatch]:
     b = BodyBuilder((*ys, *a["kernel"]), (4, 5))
     value, _ = _window_load(b, x, xs, dtype, a, 0)
     total = b.op("reduce", value, kind="sum")
-    b.store(b.op("mul", total, b.const(1 / (a["kernel"][0] * a["kernel"][1]), dtype)), y, (*row_major(ys), 0, 0))
+    b.store(
+        b.op("mul", total, b.const(1 / (a["kernel"][0] * a["kernel"][1]), dtype)), y, (*row_major(ys), 0, 0)
+    )
     return loop_dispatches([b.body()], tables, kernel.name)
 
 
 def _from_windows(
-    tables: Tables, g: int, gs: tuple[int, ...], y: int, ys: tuple[int, ...], a: Mapping[str, Any], winner: int | None, label: str
+    tables: Tables,
+    g: int,
+    gs: tuple[int, ...],
+    y: int,
+    ys: tuple[int, ...],
+    a: Mapping[str, Any],
+    winner: int | None,
+    label: str,
 ) -> list[Dispatch]:
     """Each image element sums g over the windows that contain it (and that it won), in the order of the kernel's cells."""
     kh, kw = a["kernel"]
@@ -215,7 +236,9 @@ def max_pool2d_grad(kernel: OpKernel, tables: Tables) -> list[Dispatch]:
     winner = tables.scratch(int(np.prod(gs)), I32)
     b = BodyBuilder((*gs, *a["kernel"]), (4, 5))
     b.store(_winner(b, x, xs, tables.dtype(x), a), winner, (*row_major(gs), 0, 0))
-    return loop_dispatches([b.body()], tables, kernel.name + "_winner") + _from_windows(tables, g, gs, y, ys, a, winner, kernel.name)
+    return loop_dispatches([b.body()], tables, kernel.name + "_winner") + _from_windows(
+        tables, g, gs, y, ys, a, winner, kernel.name
+    )
 
 
 def max_pool2d_select(kernel: OpKernel, tables: Tables) -> list[Dispatch]:
@@ -241,7 +264,9 @@ def avg_pool2d_grad(kernel: OpKernel, tables: Tables) -> list[Dispatch]:
     return _from_windows(tables, g, gs, y, ys, kernel.attrs, None, kernel.name)
 
 
-def _nonempty(run: Callable[[OpKernel, Tables], list[Dispatch]]) -> Callable[[OpKernel, Tables], list[Dispatch] | None]:
+def _nonempty(
+    run: Callable[[OpKernel, Tables], list[Dispatch]],
+) -> Callable[[OpKernel, Tables], list[Dispatch] | None]:
     """Convolutions with nothing to add up go to the reference, which fills zeros."""
 
     def generate(kernel: OpKernel, tables: Tables) -> list[Dispatch] | None:

@@ -145,9 +145,18 @@ class Shader:
         if buffer in self.tables.scalars:
             slot = self.tables.scalars[buffer]
             raw = f"scalars[{slot // 4}].{XYZW[slot % 4]}"
-            return {"f": f"bitcast<f32>({raw})", "i": f"bitcast<i32>({raw})", "u": raw, "b": f"({raw} != 0u)"}[dtype.kind]
+            return {
+                "f": f"bitcast<f32>({raw})",
+                "i": f"bitcast<i32>({raw})",
+                "u": raw,
+                "b": f"({raw} != 0u)",
+            }[dtype.kind]
         bound = self.binding(buffer)
-        raw = f"{bound.name}[({address}) >> 2u][({address}) & 3u]" if bound.vector else f"{bound.name}[{address}]"
+        raw = (
+            f"{bound.name}[({address}) >> 2u][({address}) & 3u]"
+            if bound.vector
+            else f"{bound.name}[{address}]"
+        )
         return self.loaded(raw, dtype)
 
     def loaded(self, raw: str, dtype: np.dtype) -> str:
@@ -167,7 +176,9 @@ class Shader:
         out: list[str] = []
         body = "".join(self.functions) + main
         helpers = self.use.text()
-        if self.target.f16 and ("f16" in body or "f16" in helpers or any(b.element == "f16" for b in self.bindings.values())):
+        if self.target.f16 and (
+            "f16" in body or "f16" in helpers or any(b.element == "f16" for b in self.bindings.values())
+        ):
             out.append("enable f16;\n")
         for i, b in enumerate(self.bindings.values()):
             element = f"vec4<{b.element}>" if b.vector else b.element
@@ -185,7 +196,9 @@ class Shader:
         out.append(body)
         return "".join(out)
 
-    def dispatch(self, main: str, grid: tuple[int, int, int], label: str, *, trusted: bool = True) -> Dispatch:
+    def dispatch(
+        self, main: str, grid: tuple[int, int, int], label: str, *, trusted: bool = True
+    ) -> Dispatch:
         """Close the module."""
         return Dispatch(
             self.text(main),
@@ -251,7 +264,8 @@ class Emitter:
     def address4(self, access: Access, gathers: Sequence[tuple[str, int]] = ()) -> str:
         """Address of an aligned vector, in vectors."""
         terms = [
-            (1, self.quarter) if a == self.axis else (s // 4, self.index[a]) for a, s in enumerate(access.strides)
+            (1, self.quarter) if a == self.axis else (s // 4, self.index[a])
+            for a, s in enumerate(access.strides)
         ]
         return wgsl.u32_offset([*terms, *((s // 4, g) for g, s in gathers)], access.offset // 4)
 
@@ -275,11 +289,15 @@ class Emitter:
         lanes = range(self.lanes(instr))
         match instr.op:
             case "const":
-                self.values[position] = [self.let(position, 0, wgsl.literal(instr.attrs["value"], instr.dtype))]
+                self.values[position] = [
+                    self.let(position, 0, wgsl.literal(instr.attrs["value"], instr.dtype))
+                ]
             case "index":
                 axis = instr.attrs["axis"]
                 to = "i32" if instr.dtype.kind == "i" else wgsl.compute_type(instr.dtype)
-                self.values[position] = [self.let(position, k, f"{to}({self.position(axis, k)})") for k in lanes]
+                self.values[position] = [
+                    self.let(position, k, f"{to}({self.position(axis, k)})") for k in lanes
+                ]
             case "load":
                 self.values[position] = self._load(position, instr)
             case "random_bits":
@@ -342,14 +360,17 @@ class Emitter:
             if predicate is None:
                 self.lines.append(f"let {name} = {bound.name}[{where}];\n")
                 return [
-                    self.let(position, k, shader.loaded(f"{name}.{XYZW[k]}", instr.dtype)) for k in range(lanes)
+                    self.let(position, k, shader.loaded(f"{name}.{XYZW[k]}", instr.dtype))
+                    for k in range(lanes)
                 ]
             fill = wgsl.literal(instr.attrs.get("fill", 0), instr.dtype)
             splat = shader.stored(fill, instr.dtype)
             self.lines.append(
                 f"var {name} = vec4<{bound.element}>({splat}); if ({self.lane(predicate, 0)}) {{ {name} = {bound.name}[{where}]; }}\n"
             )
-            return [self.let(position, k, shader.loaded(f"{name}.{XYZW[k]}", instr.dtype)) for k in range(lanes)]
+            return [
+                self.let(position, k, shader.loaded(f"{name}.{XYZW[k]}", instr.dtype)) for k in range(lanes)
+            ]
         out = []
         for k in range(lanes):
             read = shader.read(access.buffer, self.address(access, k, self._gathers(instr, k)))
@@ -378,13 +399,21 @@ class Emitter:
         if bound.vector and self.axis is not None and along == 1 and not varying:
             lanes = [shader.stored(self.lane(value, k), dtype) for k in range(len(self.values[value]))]
             line = f"{bound.name}[{self.address4(access)}] = {vector(bound.element, lanes)};"
-            lines.append(f"if ({self.lane(predicate, 0)}) {{ {line} }}\n" if predicate is not None else line + "\n")
+            lines.append(
+                f"if ({self.lane(predicate, 0)}) {{ {line} }}\n" if predicate is not None else line + "\n"
+            )
         else:
             for k in range(self.width if along else 1):
                 address = self.address(access, k)
-                place = f"{bound.name}[({address}) >> 2u][({address}) & 3u]" if bound.vector else f"{bound.name}[{address}]"
+                place = (
+                    f"{bound.name}[({address}) >> 2u][({address}) & 3u]"
+                    if bound.vector
+                    else f"{bound.name}[{address}]"
+                )
                 line = f"{place} = {shader.stored(self.lane(value, k), dtype)};"
-                lines.append(f"if ({self.lane(predicate, k)}) {{ {line} }}\n" if predicate is not None else line + "\n")
+                lines.append(
+                    f"if ({self.lane(predicate, k)}) {{ {line} }}\n" if predicate is not None else line + "\n"
+                )
         text = "".join(lines)
         self.lines.append(f"if ({guard}) {{ {text} }}\n" if guard else text)
 

@@ -100,7 +100,9 @@ class Executable:
         program = self.program
         plan = compile_plan(program, rt.target, self.spec, self._scalars)
         for buffer in program.buffers:
-            rt.pool.check(storage_bytes(plan.tables, buffer.id), f"a value of shape {buffer.shape or (buffer.size,)}")
+            rt.pool.check(
+                storage_bytes(plan.tables, buffer.id), f"a value of shape {buffer.shape or (buffer.size,)}"
+            )
         dispatches = [s.dispatch for s in plan.steps if s.dispatch is not None]
         self._pipelines = rt.pipelines(dispatches)
         self._kinds = [rt.kinds(d) for d in dispatches]
@@ -164,7 +166,9 @@ class Executable:
                 continue
             if step.dispatch is not None:
                 d = step.dispatch
-                parts.append(f"// {d.label}: grid {d.grid[0]} x {d.grid[1]} x {d.grid[2]} workgroups\n{d.code}")
+                parts.append(
+                    f"// {d.label}: grid {d.grid[0]} x {d.grid[1]} x {d.grid[2]} workgroups\n{d.code}"
+                )
             elif step.host is not None:
                 parts.append(f"// {step.host.label}: runs on the host\n")
         return "\n".join(parts)
@@ -173,11 +177,15 @@ class Executable:
         """The WGSL of every kernel and what runs how."""
         assert self._plan is not None and self._runtime is not None
         wgsl = "\n".join(f"// ==== kernel {k.id}: {k.name}\n{self._source(k.id)}" for k in self.kernels)
-        lines = [f"{len(self._dispatches)} dispatches, {len(self._plan.slot_sizes)} temporary buffers, "
-                 f"{sum(self._plan.slot_sizes):,} bytes on {self._runtime.adapter.name}"]
+        lines = [
+            f"{len(self._dispatches)} dispatches, {len(self._plan.slot_sizes)} temporary buffers, "
+            f"{sum(self._plan.slot_sizes):,} bytes on {self._runtime.adapter.name}"
+        ]
         for step in self._plan.steps:
             if step.dispatch is not None:
-                lines.append(f"kernel {step.kernel}: {step.dispatch.label} grid {step.dispatch.grid} buffers {step.dispatch.buffers}")
+                lines.append(
+                    f"kernel {step.kernel}: {step.dispatch.label} grid {step.dispatch.grid} buffers {step.dispatch.buffers}"
+                )
             elif step.host is not None:
                 lines.append(f"kernel {step.kernel}: {step.host.label} on the host")
         return {"WGSL": wgsl, "dispatches": "\n".join(lines)}
@@ -254,7 +262,9 @@ class Executable:
             found = self._slots[self._plan.slot_of[buffer]]
         return found
 
-    def _recording(self, rt: runtime.Runtime, key: tuple[int, ...], held: Mapping[int, Handle], part: tuple[int, int]) -> list[Any]:
+    def _recording(
+        self, rt: runtime.Runtime, key: tuple[int, ...], held: Mapping[int, Handle], part: tuple[int, int]
+    ) -> list[Any]:
         """The (pipeline, bind group, grid) list of a segment for exactly these buffers, from the cache if possible."""
         found = self._recordings.get((*key, part[0]))
         if found is not None:
@@ -279,7 +289,9 @@ class Executable:
             self._recordings.popitem(last=False)
         return self._recordings[(*key, part[0])]
 
-    def _host(self, rt: runtime.Runtime, step: Step, held: Mapping[int, Handle], inputs: Sequence[Any]) -> None:
+    def _host(
+        self, rt: runtime.Runtime, step: Step, held: Mapping[int, Handle], inputs: Sequence[Any]
+    ) -> None:
         assert step.host is not None and self._plan is not None
         by_id = {b.id: v for b, v in zip(self._inputs, inputs)}
         step.host.run(Context(rt, lambda b: self._handle(b, held), self._plan.tables, by_id.__getitem__))
@@ -308,7 +320,9 @@ class Executable:
                     ends.append(time.perf_counter_ns())
                 else:
                     recording = self._recording(rt, key, held, segment)
-                    for number, begin, end in timed_segment(rt, recording, kernel_of[segment[0] : segment[1]]):
+                    for number, begin, end in timed_segment(
+                        rt, recording, kernel_of[segment[0] : segment[1]]
+                    ):
                         numbers.append(number)
                         starts.append(begin)
                         ends.append(end)
@@ -316,7 +330,11 @@ class Executable:
         base = sum(self._fresh_bytes.values())
         live = np.array([self._plan.live[n] + base for n in numbers], np.int64)
         timing = Timing(
-            np.array(numbers, np.uint32), np.array(starts, np.int64), np.array(ends, np.int64), live, np.zeros(len(numbers), np.uint8)
+            np.array(numbers, np.uint32),
+            np.array(starts, np.int64),
+            np.array(ends, np.int64),
+            live,
+            np.zeros(len(numbers), np.uint8),
         )
         return outputs, timing
 

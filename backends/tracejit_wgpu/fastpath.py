@@ -123,5 +123,7 @@ def wait(device: Any, index: int | None) -> bool:
     if native is None:
         return False
     ffi, lib, _, _ = native
-    lib.wgpuDevicePoll(device._internal, True, ffi.NULL if index is None else ffi.new("WGPUSubmissionIndex *", index))
+    lib.wgpuDevicePoll(
+        device._internal, True, ffi.NULL if index is None else ffi.new("WGPUSubmissionIndex *", index)
+    )
     return True

@@ -73,7 +73,10 @@ def _compile(items: Sequence[tuple[LoopBody, Strategy | None]], tables: Tables, 
     shader = Shader(tables)
     plans = [(body, given or choose(body, tables)) for body, given in items]
     threads = max(plan.threads for _, plan in plans)
-    plans = [(body, given if items[i][1] else choose(body, tables, threads)) for i, (body, given) in enumerate(plans)]
+    plans = [
+        (body, given if items[i][1] else choose(body, tables, threads))
+        for i, (body, given) in enumerate(plans)
+    ]
     for body, plan in plans:
         shader.bind_body(body, plan.axis if plan.width > 1 else None)
     calls: list[str] = []
@@ -84,7 +87,9 @@ def _compile(items: Sequence[tuple[LoopBody, Strategy | None]], tables: Tables, 
         if len(plans) == 1:
             calls.append("body0(wg, li);\n")
         else:
-            calls.append(f"{'else ' if i else ''}if (wg < {start + groups}u) {{ body{i}(wg - {start}u, li); }}\n")
+            calls.append(
+                f"{'else ' if i else ''}if (wg < {start + groups}u) {{ body{i}(wg - {start}u, li); }}\n"
+            )
         start += groups
     grid, group_index = grid_of(start, tables.target.workgroups)
     guard = f"if (wg >= {start}u) {{ return; }}\n" if grid[1] * grid[0] != start else ""
@@ -116,7 +121,11 @@ def choose(body: LoopBody, tables: Tables, threads: int | None = None) -> Strate
     if not body.reduce_axes:
         wide = last >= 0 and bodies.vector_gain(body, last) > 0 and len(body.instrs) <= 400
         total = prod(body.domain) // (4 if wide else 1)
-        return Strategy(threads or (limit if total > 64 * limit else 64), axis=last if wide else None, width=4 if wide else 1)
+        return Strategy(
+            threads or (limit if total > 64 * limit else 64),
+            axis=last if wide else None,
+            width=4 if wide else 1,
+        )
     parallel = [a for a in range(len(body.domain)) if a not in body.reduce_axes]
     size = prod(body.domain[a] for a in parallel)
     length = prod(body.domain[a] for a in body.reduce_axes)
@@ -164,7 +173,15 @@ def _row(body: LoopBody, size: int, length: int, axis: int, threads: int | None,
     points = max(1, group // lanes)
     chunks = -(-units // lanes)
     keep = _sweeps(body) > 1 and chunks <= _UNROLL
-    return Strategy(points * lanes if threads is None else threads, points, lanes, True, axis if wide else None, 4 if wide else 1, chunks if keep else 0)
+    return Strategy(
+        points * lanes if threads is None else threads,
+        points,
+        lanes,
+        True,
+        axis if wide else None,
+        4 if wide else 1,
+        chunks if keep else 0,
+    )
 
 
 def _column(body: LoopBody, size: int, length: int, axis: int, group: int, tables: Tables) -> Strategy:
@@ -202,7 +219,12 @@ def _map_body(shader: Shader, body: LoopBody, plan: Strategy, threads: int) -> t
 
 
 def _indices(
-    shader: Shader, linear: str, sizes: Sequence[int], plan: Strategy, out: list[str], axes: Sequence[int] | None = None
+    shader: Shader,
+    linear: str,
+    sizes: Sequence[int],
+    plan: Strategy,
+    out: list[str],
+    axes: Sequence[int] | None = None,
 ) -> tuple[list[str], str]:
     names = decompose(shader, linear, sizes, out)
     quarter = ""
@@ -218,7 +240,9 @@ def _indices(
 class _Reductions:
     """Accumulators of the reductions of one sweep and their combination over the lanes of a point."""
 
-    def __init__(self, shader: Shader, body: LoopBody, plan: Strategy, positions: Sequence[int], emitter: Emitter) -> None:
+    def __init__(
+        self, shader: Shader, body: LoopBody, plan: Strategy, positions: Sequence[int], emitter: Emitter
+    ) -> None:
         self.shader, self.body, self.plan, self.emitter = shader, body, plan, emitter
         self.positions = positions
         self.width = {p: emitter.lanes(body.instrs[p]) for p in positions}
@@ -233,7 +257,9 @@ class _Reductions:
         for p in self.positions:
             kind, dtype, arg = self._kinds(p)
             for k in range(self.width[p]):
-                out.append(f"var a{p}_{k}: {wgsl.compute_type(dtype)} = {wgsl.identity_element(kind, dtype)};\n")
+                out.append(
+                    f"var a{p}_{k}: {wgsl.compute_type(dtype)} = {wgsl.identity_element(kind, dtype)};\n"
+                )
                 if arg:
                     out.append(f"var x{p}_{k}: i32 = 2147483647i;\n")
         return "".join(out)
@@ -348,9 +374,14 @@ class _Reductions:
         base = f"(li / {self.plan.lanes}u) * {parts}u"
         return "".join(out) + self._gather(slots, per, base, parts, "1u")
 
-    def _gather(self, slots: list[tuple[int, int, str, str, int]], per: int, base: str, parts: int, step: str) -> str:
+    def _gather(
+        self, slots: list[tuple[int, int, str, str, int]], per: int, base: str, parts: int, step: str
+    ) -> str:
         out = []
-        where = {(p, k, name[0]): (self.shader.memory(kind, (slot + 1) * per), slot) for p, k, name, kind, slot in slots}
+        where = {
+            (p, k, name[0]): (self.shader.memory(kind, (slot + 1) * per), slot)
+            for p, k, name, kind, slot in slots
+        }
         for p in self.positions:
             kind, _, arg = self._kinds(p)
             for k in range(self.width[p]):
@@ -380,14 +411,18 @@ class _Reductions:
 
         def put() -> str:
             return "".join(
-                f"{self.shader.memory(kind, (slot + 1) * per)}[{slot * per}u + li] = {name};\n" for _, _, name, kind, slot in slots
+                f"{self.shader.memory(kind, (slot + 1) * per)}[{slot * per}u + li] = {name};\n"
+                for _, _, name, kind, slot in slots
             )
 
         out.append(put())
         step = plan.lanes // 2
         stride = 1 if plan.rows else plan.points
         lane = f"(li % {plan.lanes}u)" if plan.rows else f"(li / {plan.points}u)"
-        where = {(p, k, name[0]): (self.shader.memory(kind, (slot + 1) * per), slot) for p, k, name, kind, slot in slots}
+        where = {
+            (p, k, name[0]): (self.shader.memory(kind, (slot + 1) * per), slot)
+            for p, k, name, kind, slot in slots
+        }
         while step:
             out.append(f"workgroupBarrier();\nif ({lane} < {step}u) {{\n")
             for p in self.positions:
@@ -471,7 +506,12 @@ def _reduce_body(shader: Shader, body: LoopBody, plan: Strategy, threads: int) -
 
     def row_values(limit: int) -> None:
         for q, instr in enumerate(body.instrs):
-            if not full[q] and instr.op not in ("reduce", "store") and levels[q] <= limit and q not in emitter.values:
+            if (
+                not full[q]
+                and instr.op not in ("reduce", "store")
+                and levels[q] <= limit
+                and q not in emitter.values
+            ):
                 emitter.emit(q)
 
     def needed(targets: Sequence[int]) -> list[int]:
@@ -518,12 +558,17 @@ def _reduce_body(shader: Shader, body: LoopBody, plan: Strategy, threads: int) -
                 start, end = "lane", f"{length}u"
                 if plan.split > 1:
                     span = -(-length // plan.split)
-                    start, end = f"{index[0]} * {span}u + lane", f"min({index[0]} * {span}u + {span}u, {length}u)"
+                    start, end = (
+                        f"{index[0]} * {span}u + lane",
+                        f"min({index[0]} * {span}u + {span}u, {length}u)",
+                    )
                 e = shader.name("e")
                 inner: list[str] = []
                 rnames, rquarter = _indices(shader, e, rsizes, plan, inner, reduced)
                 _enter(emitter, reduced, (rnames, rquarter, "", e), plan, quarter)
-                emitter.lines.append(f"for (var {e} = {start}; {e} < {end}; {e} += {plan.lanes}u) {{\n{''.join(inner)}")
+                emitter.lines.append(
+                    f"for (var {e} = {start}; {e} < {end}; {e} += {plan.lanes}u) {{\n{''.join(inner)}"
+                )
                 for q in work:
                     emitter.emit(q)
                 linear = f"i32({e}{' * 4u' if plan.axis in reduced else ''})"
@@ -544,7 +589,13 @@ def _reduce_body(shader: Shader, body: LoopBody, plan: Strategy, threads: int) -
     return "".join(out), -(-total // plan.points)
 
 
-def _enter(emitter: Emitter, reduced: Sequence[int], where: tuple[list[str], str, str, str], plan: Strategy, quarter: str) -> None:
+def _enter(
+    emitter: Emitter,
+    reduced: Sequence[int],
+    where: tuple[list[str], str, str, str],
+    plan: Strategy,
+    quarter: str,
+) -> None:
     for a, name in zip(reduced, where[0]):
         emitter.index[a] = name
     emitter.quarter = where[1] if plan.axis in reduced else quarter
@@ -577,7 +628,9 @@ def _stages(body: LoopBody, tables: Tables, parts: int) -> list[tuple[LoopBody, 
         plan = replace(choose(partial, tables), chunks=0, split=parts)
         out.append((partial, plan))
         last = level == rounds
-        summed = sum_body(body, level, parts, where, done, tables, finish=last and _sweeps(body) == rounds and rounds == 1)
+        summed = sum_body(
+            body, level, parts, where, done, tables, finish=last and _sweeps(body) == rounds and rounds == 1
+        )
         out.append((bodies.normalise(summed), None))
     if _sweeps(body) > rounds or rounds > 1:
         out.extend((bodies.normalise(b), None) for b in final_body(body, done))

@@ -498,7 +498,9 @@ fn threefry(k0: u32, k1: u32, c0: u32, c1: u32) -> vec2<u32> {
  let k2 = k0 ^ k1 ^ 0x1bd11bdau; var a = c0 + k0; var b = c1 + k1;
  """
     + "".join(
-        "".join(f"a += b; b = rotl(b, {r}u) ^ a; " for r in ((13, 15, 26, 6) if i % 2 == 0 else (17, 29, 16, 24)))
+        "".join(
+            f"a += b; b = rotl(b, {r}u) ^ a; " for r in ((13, 15, 26, 6) if i % 2 == 0 else (17, 29, 16, 24))
+        )
         + f"a += {('k1', 'k2', 'k0')[i % 3]}; b += {('k2', 'k0', 'k1')[i % 3]} + {i + 1}u;\n "
         for i in range(5)
     )

@@ -154,4 +154,6 @@ def lost(message: str) -> DeviceError:
     """The error for anything that needs a device that is gone."""
     from tracejit.errors import DeviceLostError
 
-    return DeviceLostError.make(message, op="wgpu", hint="arrays that lived on it are gone; the next call starts it anew")
+    return DeviceLostError.make(
+        message, op="wgpu", hint="arrays that lived on it are gone; the next call starts it anew"
+    )

@@ -18,7 +18,9 @@ from tracejit_wgpu import fastpath
 _MAX_QUERIES = 4096
 
 
-def timed_segment(rt: Any, recording: Sequence[tuple[Any, ...]], kernels: Sequence[int]) -> list[tuple[int, int, int]]:
+def timed_segment(
+    rt: Any, recording: Sequence[tuple[Any, ...]], kernels: Sequence[int]
+) -> list[tuple[int, int, int]]:
     """Run a recording; (kernel, start, end) in ns of the host clock for each run of dispatches of one kernel."""
     runs = []
     for kernel, items in groupby(range(len(recording)), key=lambda i: kernels[i]):
@@ -32,7 +34,9 @@ def timed_segment(rt: Any, recording: Sequence[tuple[Any, ...]], kernels: Sequen
     return out
 
 
-def _by_host(rt: Any, recording: Sequence[Any], runs: Sequence[tuple[int, int, int]]) -> list[tuple[int, int, int]]:
+def _by_host(
+    rt: Any, recording: Sequence[Any], runs: Sequence[tuple[int, int, int]]
+) -> list[tuple[int, int, int]]:
     out = []
     rt.finish()
     for kernel, first, last in runs:
@@ -43,7 +47,9 @@ def _by_host(rt: Any, recording: Sequence[Any], runs: Sequence[tuple[int, int, i
     return out
 
 
-def _by_timestamps(rt: Any, recording: Sequence[Any], runs: Sequence[tuple[int, int, int]]) -> list[tuple[int, int, int]]:
+def _by_timestamps(
+    rt: Any, recording: Sequence[Any], runs: Sequence[tuple[int, int, int]]
+) -> list[tuple[int, int, int]]:
     import wgpu
 
     count = 2 * len(runs)
@@ -83,7 +89,9 @@ def _by_timestamps(rt: Any, recording: Sequence[Any], runs: Sequence[tuple[int, 
     period = timestamp_period(rt)
     ticks = ticks.astype(np.float64) if period != 1.0 else ticks.astype(np.int64)
     ns = ((ticks - ticks.max()) * period).astype(np.int64) + now
-    return [(kernel, int(ns[2 * n]), int(max(ns[2 * n + 1], ns[2 * n]))) for n, (kernel, _, _) in enumerate(runs)]
+    return [
+        (kernel, int(ns[2 * n]), int(max(ns[2 * n + 1], ns[2 * n]))) for n, (kernel, _, _) in enumerate(runs)
+    ]
 
 
 def timestamp_period(rt: Any) -> float:

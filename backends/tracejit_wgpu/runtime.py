@@ -44,11 +44,15 @@ class Runtime:
         limits = adapters.required_limits(adapter)
         features = adapters.required_features(adapter)
         try:
-            self.device = adapter.handle.request_device_sync(required_features=features, required_limits=limits)
+            self.device = adapter.handle.request_device_sync(
+                required_features=features, required_limits=limits
+            )
         except Exception as error:
             adapters.forget()
             raise DeviceError.make(
-                f"{adapter.name} ({adapter.backend}) gave no device: {error}", op="wgpu", hint=adapters.install_hint()
+                f"{adapter.name} ({adapter.backend}) gave no device: {error}",
+                op="wgpu",
+                hint=adapters.install_hint(),
             ) from error
         self.queue = self.device.queue
         self.limits = limits
@@ -67,7 +71,9 @@ class Runtime:
         self._fence: Handle | None = None
         self.target = Target(
             f16="shader-f16" in self.features,
-            invocations=min(limits["max-compute-invocations-per-workgroup"], limits["max-compute-workgroup-size-x"]),
+            invocations=min(
+                limits["max-compute-invocations-per-workgroup"], limits["max-compute-workgroup-size-x"]
+            ),
             workgroup_memory=limits["max-compute-workgroup-storage-size"],
             workgroups=limits["max-compute-workgroups-per-dimension"],
             buffers=min(limits["max-storage-buffers-per-shader-stage"], 64),
@@ -119,7 +125,10 @@ class Runtime:
             return 0
         info = self.adapter.handle.info
         low, high = (int(info.get(k, 0) or 0) for k in ("stackgroup_min_size", "stackgroup_max_size"))
-        low, high = int(info.get("subgroup_min_size", low) or 0), int(info.get("subgroup_max_size", high) or 0)
+        low, high = (
+            int(info.get("subgroup_min_size", low) or 0),
+            int(info.get("subgroup_max_size", high) or 0),
+        )
         software = "llvmpipe" in self.adapter.name
         if low != high and not software:
             return 0
@@ -164,7 +173,9 @@ class Runtime:
         layout = self.layout(kinds)[1]
         try:
             module = fastpath.shader_module(self.device, dispatch.code, trusted=dispatch.trusted)
-            found = self.device.create_compute_pipeline(layout=layout, compute={"module": module, "entry_point": "main"})
+            found = self.device.create_compute_pipeline(
+                layout=layout, compute={"module": module, "entry_point": "main"}
+            )
         except Exception as error:
             better = self.translate(error)
             if isinstance(better, DeviceError):
@@ -179,7 +190,9 @@ class Runtime:
 
     def pipelines(self, dispatches: Sequence[Dispatch]) -> list[Any]:
         """Pipelines for all dispatches; new ones are compiled in parallel threads."""
-        fresh = {(d.code, self.kinds(d)): d for d in dispatches if (d.code, self.kinds(d)) not in self._pipelines}
+        fresh = {
+            (d.code, self.kinds(d)): d for d in dispatches if (d.code, self.kinds(d)) not in self._pipelines
+        }
         if len(fresh) > 1 and (os.cpu_count() or 1) > 1:
             for d in fresh.values():
                 self.layout(self.kinds(d))
@@ -192,11 +205,17 @@ class Runtime:
         entries = []
         for i, (kind, handle) in enumerate(zip(kinds, handles)):
             if kind == "u":
-                entries.append({"binding": i, "resource": {"buffer": handle, "offset": 0, "size": handle.size}})
+                entries.append(
+                    {"binding": i, "resource": {"buffer": handle, "offset": 0, "size": handle.size}}
+                )
             else:
                 buffer = handle.buffer
-                entries.append({"binding": i, "resource": {"buffer": buffer.gpu, "offset": 0, "size": buffer.size}})
-        return self.guard(lambda: self.device.create_bind_group(layout=self.layout(kinds)[0], entries=entries))
+                entries.append(
+                    {"binding": i, "resource": {"buffer": buffer.gpu, "offset": 0, "size": buffer.size}}
+                )
+        return self.guard(
+            lambda: self.device.create_bind_group(layout=self.layout(kinds)[0], entries=entries)
+        )
 
     def uniform(self, nbytes: int) -> Any:
         """A uniform buffer for the weak scalars of a program."""
@@ -228,7 +247,9 @@ class Runtime:
         def action() -> None:
             encoder = self.device.create_command_encoder()
             for source, a, target, b, nbytes in moves:
-                encoder.copy_buffer_to_buffer(source.buffer.gpu, a, target.buffer.gpu, b, (nbytes + 3) // 4 * 4)
+                encoder.copy_buffer_to_buffer(
+                    source.buffer.gpu, a, target.buffer.gpu, b, (nbytes + 3) // 4 * 4
+                )
             self.queue.submit([encoder.finish()])
 
         with self.lock:
@@ -295,7 +316,11 @@ def get(spec: str = "") -> Runtime:
         if found is None or found.dead is not None:
             adapter = adapters.select(spec)
             limits = os.environ.get("TRACEJIT_WGPU_LIMITS", "")
-            same = [r for k, r in _runtimes.items() if r.adapter.index == adapter.index and k.endswith("|" + limits) and r.dead is None]
+            same = [
+                r
+                for k, r in _runtimes.items()
+                if r.adapter.index == adapter.index and k.endswith("|" + limits) and r.dead is None
+            ]
             found = _runtimes[key] = same[0] if same else Runtime(adapter)
         return found
 

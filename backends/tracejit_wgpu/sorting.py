@@ -46,7 +46,9 @@ def _main(shader: Shader, threads: int, groups: int, body: str, tables: Tables, 
     return shader.dispatch(main, grid, label)
 
 
-def _local(tables: Tables, keys: int, places: int, size: int, blocks: int, start: int, label: str) -> Dispatch:
+def _local(
+    tables: Tables, keys: int, places: int, size: int, blocks: int, start: int, label: str
+) -> Dispatch:
     """Bitonic steps that stay inside blocks of ``min(size, 1024)``: all stages up to it, or the tail of stage ``start``."""
     block = min(size, _BLOCK)
     threads = min(_threads(tables), max(32, block // 2))
@@ -75,7 +77,9 @@ def _local(tables: Tables, keys: int, places: int, size: int, blocks: int, start
     return _main(shader, threads, blocks * size // block, body, tables, label)
 
 
-def _global(tables: Tables, keys: int, places: int, size: int, rows: int, k: int, j: int, label: str) -> Dispatch:
+def _global(
+    tables: Tables, keys: int, places: int, size: int, rows: int, k: int, j: int, label: str
+) -> Dispatch:
     """One bitonic step over distance ``j``."""
     shader = Shader(tables)
     shader.bind(keys, vector=False, write=True)
@@ -106,7 +110,9 @@ def sort_pairs(tables: Tables, keys: int, places: int, rows: int, size: int, lab
     return out
 
 
-def _keys(tables: Tables, source: int, outer: int, length: int, inner: int, size: int, label: str) -> tuple[int, int, Dispatch]:
+def _keys(
+    tables: Tables, source: int, outer: int, length: int, inner: int, size: int, label: str
+) -> tuple[int, int, Dispatch]:
     """Scratch buffers with keys and positions of all rows, padded to ``size`` with pairs that sort last."""
     rows = outer * inner
     keys, places = tables.scratch(rows * size, np.uint32), tables.scratch(rows * size, np.uint32)

@@ -98,7 +98,15 @@ def partial_body(
         new = builder.copy(p)
         if instr.attrs["kind"].startswith("arg"):
             arg = builder.map[instr.args[0]]
-            value = builder.add(replace(instr, op="reduce", args=(arg,), dtype=builder.out[arg].dtype, attrs={"kind": instr.attrs["kind"][3:]}))
+            value = builder.add(
+                replace(
+                    instr,
+                    op="reduce",
+                    args=(arg,),
+                    dtype=builder.out[arg].dtype,
+                    attrs={"kind": instr.attrs["kind"][3:]},
+                )
+            )
             where[p] = (keep(value, builder.out[arg].dtype), keep(new, instr.dtype))
         else:
             where[p] = (keep(new, instr.dtype), None)
@@ -140,7 +148,15 @@ def sum_body(
         made[p] = add(Instr("reduce", (value,), instr.dtype, (), attrs))
         if not finish:
             done[p] = tables.scratch(points, instr.dtype)
-            add(Instr("store", (made[p],), instr.dtype, (), {"access": Access(done[p], (*(point[a] for a in axes), 0))}))
+            add(
+                Instr(
+                    "store",
+                    (made[p],),
+                    instr.dtype,
+                    (),
+                    {"access": Access(done[p], (*(point[a] for a in axes), 0))},
+                )
+            )
     if finish:
 
         def copy(position: int) -> int:

@@ -22,8 +22,13 @@ def warn_once(kind: str, *, stacklevel: int = 3) -> None:
     """Tell once per process that a 64-bit dtype is computed in 32 bits."""
     if kind not in _warned:
         _warned.add(kind)
-        narrow = {"f": "float64 arrays are computed as float32", "i": "64-bit integers are computed as 32-bit"}[kind]
-        warnings.warn(f"WebGPU has no 64-bit types: {narrow} on device 'wgpu'", UserWarning, stacklevel=stacklevel)
+        narrow = {
+            "f": "float64 arrays are computed as float32",
+            "i": "64-bit integers are computed as 32-bit",
+        }[kind]
+        warnings.warn(
+            f"WebGPU has no 64-bit types: {narrow} on device 'wgpu'", UserWarning, stacklevel=stacklevel
+        )
 
 
 def check_range(array: np.ndarray) -> None:

@@ -36,7 +36,9 @@ class Tile:
         return (self.bm + self.bn) * self.bk * 4
 
     def __str__(self) -> str:
-        return f"{self.bm}x{self.bn}x{self.bk}/{self.tm}x{self.tn}" + (f" split {self.split}" if self.split > 1 else "")
+        return f"{self.bm}x{self.bn}x{self.bk}/{self.tm}x{self.tn}" + (
+            f" split {self.split}" if self.split > 1 else ""
+        )
 
 
 #: Tuned tiles by "adapter|m,n,k,count,layout"; filled from disk on first use.
@@ -52,7 +54,11 @@ def _tiles(m: int, n: int, tile: Tile, count: int) -> int:
 def choose(m: int, n: int, k: int, count: int, layout: str, target: Target) -> Tile:
     """The tile for ``count`` products of ``m x k`` by ``k x n``; layout as in BLAS (``"NN"``, ``"NT"``, ``"TN"``)."""
     forced = _overrides.get((m, n, k, count, layout)) or _load().get(_key(m, n, k, count, layout))
-    if forced is not None and forced.memory <= target.workgroup_memory and forced.threads <= target.invocations:
+    if (
+        forced is not None
+        and forced.memory <= target.workgroup_memory
+        and forced.threads <= target.invocations
+    ):
         return forced
     tile = rule(m, n, k, count, layout)
     return tile if tile.memory <= target.workgroup_memory else Tile(32, 32, 16, 4, 4, tile.split)
@@ -75,7 +81,11 @@ def rule(m: int, n: int, k: int, count: int, layout: str) -> Tile:
     if min(m, n) >= 64 and results >= 800_000:
         return Tile(64, 64, 16, 8, 4)
     bk = 32 if k >= 64 else 16
-    tile = Tile(32, 64, bk, 4, 4) if n >= 64 and results >= 200_000 and layout != "TN" else Tile(32, 32, bk, 4, 4)
+    tile = (
+        Tile(32, 64, bk, 4, 4)
+        if n >= 64 and results >= 200_000 and layout != "TN"
+        else Tile(32, 32, bk, 4, 4)
+    )
     return _with_split(tile, m, n, k, count)
 
 
@@ -129,7 +139,9 @@ def _load() -> dict[str, Tile]:
 
 
 def _valid(tile: Tile) -> bool:
-    powers = all(v > 0 and v & (v - 1) == 0 for v in (tile.bm, tile.bn, tile.bk, tile.tm, tile.tn, tile.split))
+    powers = all(
+        v > 0 and v & (v - 1) == 0 for v in (tile.bm, tile.bn, tile.bk, tile.tm, tile.tn, tile.split)
+    )
     return (
         powers and tile.tm % 4 == 0 and tile.tn % 4 == 0 and 8 <= tile.bk <= 32 and tile.bm % tile.tm == 0
         and tile.bn % tile.tn == 0 and tile.bm >= 16 and tile.bn >= 16 and 32 <= tile.threads <= 256 and tile.split <= 64
@@ -144,7 +156,9 @@ def remember(m: int, n: int, k: int, count: int, layout: str, tile: Tile) -> Non
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_suffix(f".{os.getpid()}.tmp")
-        temporary.write_text(json.dumps({k: [t.bm, t.bn, t.bk, t.tm, t.tn, t.split] for k, t in table.items()}))
+        temporary.write_text(
+            json.dumps({k: [t.bm, t.bn, t.bk, t.tm, t.tn, t.split] for k, t in table.items()})
+        )
         os.replace(temporary, path)
     except OSError:
         pass  # a cache that cannot be written is not an error

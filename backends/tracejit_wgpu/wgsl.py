@@ -62,11 +62,17 @@ def literal(value: Any, dtype: DType) -> str:
     number_i = int(value)
     if dtype.kind == "u":
         if not 0 <= number_i < 1 << 32:
-            raise CompileError(f"the constant {number_i} does not fit uint32, the widest unsigned integer of the device")
+            raise CompileError(
+                f"the constant {number_i} does not fit uint32, the widest unsigned integer of the device"
+            )
         return f"{number_i}u"
     if not -(1 << 31) <= number_i < 1 << 31:
         raise CompileError(f"the constant {number_i} does not fit int32, the widest integer of the device")
-    return "i32(-2147483647 - 1)" if number_i == -(1 << 31) else (f"({number_i}i)" if number_i < 0 else f"{number_i}i")
+    return (
+        "i32(-2147483647 - 1)"
+        if number_i == -(1 << 31)
+        else (f"({number_i}i)" if number_i < 0 else f"{number_i}i")
+    )
 
 
 class Helpers:
@@ -113,7 +119,14 @@ _HELPED = {
     "arctanh": "atanh_",
     "erf": "erf_",
 }
-_COMPARE = {"equal": "==", "less": "<", "less_equal": "<=", "greater": ">", "greater_equal": ">=", "not_equal": "!="}
+_COMPARE = {
+    "equal": "==",
+    "less": "<",
+    "less_equal": "<=",
+    "greater": ">",
+    "greater_equal": ">=",
+    "not_equal": "!=",
+}
 _BITWISE = {"bitwise_and": "&", "bitwise_or": "|", "bitwise_xor": "^"}
 _IDENTITY = frozenset({"stop_gradient", "identity", "print", "custom_vjp"})
 
@@ -128,7 +141,9 @@ def wrap(expr: str, dtype: DType) -> str:
     return expr
 
 
-def expression(op: str, args: Sequence[str], source: DType, dtype: DType, use: Helpers, f16: bool = False) -> str:
+def expression(
+    op: str, args: Sequence[str], source: DType, dtype: DType, use: Helpers, f16: bool = False
+) -> str:
     """The WGSL expression for an elementwise op on scalar operands; ``source`` is the dtype of the last operand.
 
     ``args`` must be names or otherwise cheap: they may be repeated. Raises CompileError for an unknown op.
@@ -326,5 +341,9 @@ def u32_offset(terms: Iterable[tuple[int, str]], offset: int) -> str:
 
 def kernel_constants(text: str) -> str:
     """Module-scope run-time bit patterns for the non-finite literals that occur in ``text``."""
-    table: Mapping[str, str] = {"nan_bits": "0x7fc00000u", "inf_bits": "0x7f800000u", "ninf_bits": "0xff800000u"}
+    table: Mapping[str, str] = {
+        "nan_bits": "0x7fc00000u",
+        "inf_bits": "0x7f800000u",
+        "ninf_bits": "0xff800000u",
+    }
     return "".join(f"var<private> {n}: u32 = {v};\n" for n, v in table.items() if n in text)

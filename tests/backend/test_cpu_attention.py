@@ -17,7 +17,16 @@ from tracejit_cpu.executable import CpuExecutable
 def programs(batch, tq, tk, d, dv, causal=False, mask=None, dtype="float32", heads_last=False):
     """(forward, backward) programs; ``mask`` is None, "bool" or "float" (shared by all heads)."""
     dtype = np.dtype(dtype)
-    shapes = {"q": (tq, d), "k": (tk, d), "v": (tk, dv), "out": (tq, dv), "dout": (tq, dv), "dq": (tq, d), "dk": (tk, d), "dv": (tk, dv)}
+    shapes = {
+        "q": (tq, d),
+        "k": (tk, d),
+        "v": (tk, dv),
+        "out": (tq, dv),
+        "dout": (tq, dv),
+        "dq": (tq, d),
+        "dk": (tk, d),
+        "dv": (tk, dv),
+    }
 
     def make(grad):
         buffers, fields = [], {}
@@ -26,7 +35,17 @@ def programs(batch, tq, tk, d, dv, causal=False, mask=None, dtype="float32", hea
             index = sum(b.kind == kind for b in buffers)
             if name == "mask":
                 shape = (tq, tk)
-                buffers.append(Buffer(len(buffers), tq * tk, np.dtype(mask if mask == "bool" else dtype), kind, index, None, shape))
+                buffers.append(
+                    Buffer(
+                        len(buffers),
+                        tq * tk,
+                        np.dtype(mask if mask == "bool" else dtype),
+                        kind,
+                        index,
+                        None,
+                        shape,
+                    )
+                )
                 fields[name] = Access(len(buffers) - 1, (*(0,) * len(batch), tk, 1))
                 return
             if name == "lse":
@@ -53,7 +72,22 @@ def programs(batch, tq, tk, d, dv, causal=False, mask=None, dtype="float32", hea
             add(n, "output")
         reads = tuple(range(len(names)))
         writes = tuple(range(len(names), len(buffers)))
-        kernel = AttentionKernel("att", (), reads, writes, batch=batch, tq=tq, tk=tk, d=d, dv_dim=dv, scale=d**-0.5, causal=causal, grad=grad, dtype=dtype, **fields)
+        kernel = AttentionKernel(
+            "att",
+            (),
+            reads,
+            writes,
+            batch=batch,
+            tq=tq,
+            tk=tk,
+            d=d,
+            dv_dim=dv,
+            scale=d**-0.5,
+            causal=causal,
+            grad=grad,
+            dtype=dtype,
+            **fields,
+        )
         graph = SimpleNamespace(outputs=[SimpleNamespace(shape=buffers[w].shape) for w in writes])
         return Program("p", graph, tuple(buffers), (kernel,), reads, writes)
 
@@ -80,7 +114,9 @@ def test_attention_and_its_gradient(case):
     inputs = []
     for number in forward.inputs:
         b = forward.buffers[number]
-        inputs.append(rng.random(b.shape) < 0.8 if b.dtype.kind == "b" else rng.standard_normal(b.shape).astype(b.dtype))
+        inputs.append(
+            rng.random(b.shape) < 0.8 if b.dtype.kind == "b" else rng.standard_normal(b.shape).astype(b.dtype)
+        )
     tolerance = 2e-2 if case.get("dtype") == "float16" else 2e-5
     ex = CpuExecutable(forward)
     got, want = ex(inputs), interpret.run(forward, inputs)

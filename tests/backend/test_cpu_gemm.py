@@ -14,7 +14,19 @@ from tracejit.program import Access, Buffer, Contract, ContractKernel, Instr, Lo
 from tracejit_cpu.executable import CpuExecutable
 
 
-def product(batch, m, n, k, order_a="bmk", order_b="bkn", order_c="bmn", dtype=F32, epilogue="bias", batch_a=True, batch_b=True):
+def product(
+    batch,
+    m,
+    n,
+    k,
+    order_a="bmk",
+    order_b="bkn",
+    order_c="bmn",
+    dtype=F32,
+    epilogue="bias",
+    batch_a=True,
+    batch_b=True,
+):
     """A program for C = A B (+ bias, relu) whose operands lie in memory in the given axis orders."""
     dtype = np.dtype(dtype)
     sizes = {"b": batch, "m": m, "n": n, "k": k}
@@ -64,7 +76,14 @@ def product(batch, m, n, k, order_a="bmk", order_b="bkn", order_c="bmn", dtype=F
     reads = tuple(x.id for x in buffers if x.kind == "input")
     out = buffers[-1]
     graph = SimpleNamespace(outputs=[SimpleNamespace(shape=out.shape)])
-    return Program("p", graph, tuple(buffers), (ContractKernel("mm", (), reads, (out.id,), problems=(c,)),), reads, (out.id,))
+    return Program(
+        "p",
+        graph,
+        tuple(buffers),
+        (ContractKernel("mm", (), reads, (out.id,), problems=(c,)),),
+        reads,
+        (out.id,),
+    )
 
 
 def check(program, rtol=1e-4, atol=1e-4):
@@ -81,7 +100,19 @@ def check(program, rtol=1e-4, atol=1e-4):
     return inputs, got[0]
 
 
-SIZES = [(1, 1, 1), (1, 7, 5), (7, 1, 5), (6, 16, 4), (5, 3, 9), (32, 64, 64), (33, 10, 65), (13, 17, 1), (50, 100, 70), (128, 130, 300), (97, 33, 2100)]
+SIZES = [
+    (1, 1, 1),
+    (1, 7, 5),
+    (7, 1, 5),
+    (6, 16, 4),
+    (5, 3, 9),
+    (32, 64, 64),
+    (33, 10, 65),
+    (13, 17, 1),
+    (50, 100, 70),
+    (128, 130, 300),
+    (97, 33, 2100),
+]
 
 
 @pytest.mark.parametrize("m, n, k", SIZES)

@@ -84,7 +84,9 @@ class Body:
                 strides[a] = s
         buffer = self._buffer(shape, self.instrs[value].dtype, "output")
         args = (value,) if predicate is None else (value, predicate)
-        self._add("store", args, self.instrs[value].dtype, axes, access=Access(buffer, tuple(strides), offset))
+        self._add(
+            "store", args, self.instrs[value].dtype, axes, access=Access(buffer, tuple(strides), offset)
+        )
 
     def body(self):
         return LoopBody(self.domain, tuple(self.instrs), self.reduce_axes)
@@ -158,7 +160,20 @@ def test_reversed_and_strided_loads():
 
 
 @pytest.mark.parametrize("kind", ["sum", "max", "min", "prod"])
-@pytest.mark.parametrize("shape, axes", [((5, 70), (1,)), ((70, 5), (0,)), ((300, 40), (0,)), ((200, 1000), (0,)), ((4, 6, 33), (0, 2)), ((100000,), (0,)), ((3, 40000), (1,)), ((40, 3, 700), (0, 2)), ((9, 2), (1,))])
+@pytest.mark.parametrize(
+    "shape, axes",
+    [
+        ((5, 70), (1,)),
+        ((70, 5), (0,)),
+        ((300, 40), (0,)),
+        ((200, 1000), (0,)),
+        ((4, 6, 33), (0, 2)),
+        ((100000,), (0,)),
+        ((3, 40000), (1,)),
+        ((40, 3, 700), (0, 2)),
+        ((9, 2), (1,)),
+    ],
+)
 def test_reductions(kind, shape, axes):
     b = Body(shape, axes)
     x = b.load()
@@ -169,7 +184,9 @@ def test_reductions(kind, shape, axes):
     check(b, rtol=2e-4, atol=1e-3)
 
 
-@pytest.mark.parametrize("shape, axes", [((6, 37), (1,)), ((37, 6), (0,)), ((50000,), (0,)), ((4, 5, 6), (1, 2)), ((20, 3), (1,))])
+@pytest.mark.parametrize(
+    "shape, axes", [((6, 37), (1,)), ((37, 6), (0,)), ((50000,), (0,)), ((4, 5, 6), (1, 2)), ((20, 3), (1,))]
+)
 @pytest.mark.parametrize("kind", ["argmax", "argmin"])
 @pytest.mark.parametrize("nan", [False, True])
 def test_first_extremum_wins_and_nan_beats_numbers(shape, axes, kind, nan):
@@ -191,7 +208,10 @@ def test_boolean_reductions(kind):
         check(b)
 
 
-@pytest.mark.parametrize("shape, axis", [((33, 100), 1), ((4, 7), 1), ((100, 33), 0), ((2, 3, 50), 2), ((1, 60000), 1), ((3, 17, 40), 1)])
+@pytest.mark.parametrize(
+    "shape, axis",
+    [((33, 100), 1), ((4, 7), 1), ((100, 33), 0), ((2, 3, 50), 2), ((1, 60000), 1), ((3, 17, 40), 1)],
+)
 def test_softmax_is_one_kernel(shape, axis):
     b = Body(shape, (axis,))
     x = b.load()
@@ -225,7 +245,12 @@ def test_embedding_gather_along_rows_and_lanes():
     scattered = b.load(shape=(9,), strides=(0, 0), gather=((jj, 1, 9),))
     b.store(b.op("add", row, scattered))
     idx = rng.integers(0, 10, 40)
-    b_inputs = [idx, rng.standard_normal((10, 24)).astype(F32), rng.integers(0, 9, 24).astype(I32), rng.standard_normal(9).astype(F32)]
+    b_inputs = [
+        idx,
+        rng.standard_normal((10, 24)).astype(F32),
+        rng.integers(0, 9, 24).astype(I32),
+        rng.standard_normal(9).astype(F32),
+    ]
     check(b, b_inputs)
 
 

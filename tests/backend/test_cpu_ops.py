@@ -30,7 +30,9 @@ def run_op(name, inputs, attrs, epilogue=None, extra=(), rtol=1e-4, atol=1e-5):
     ids = tuple(range(len(arrays)))
     outs = tuple(range(first, len(buffers)))
     body = epilogue(np.asarray(want[0]).shape, first, len(inputs)) if epilogue else None
-    kernel = OpKernel(name, (), ids, outs, op=name, attrs=attrs, operands=operands, results=results, epilogue=body)
+    kernel = OpKernel(
+        name, (), ids, outs, op=name, attrs=attrs, operands=operands, results=results, epilogue=body
+    )
     graph = SimpleNamespace(outputs=[SimpleNamespace(shape=np.asarray(x).shape) for x in want])
     program = Program("p", graph, tuple(buffers), (kernel,), ids, outs)
     ex = CpuExecutable(program)
@@ -126,7 +128,10 @@ def test_pooling_and_its_gradients(attrs, special):
         run_op("avg_pool2d_grad", [g], {"shape": x.shape, **attrs})
 
 
-@pytest.mark.parametrize("shape, axis, idx_shape", [((10, 24), 0, (200,)), ((512, 64), 0, (8, 32)), ((3, 7, 5), 1, (4, 2)), ((9,), 0, (50,))])
+@pytest.mark.parametrize(
+    "shape, axis, idx_shape",
+    [((10, 24), 0, (200,)), ((512, 64), 0, (8, 32)), ((3, 7, 5), 1, (4, 2)), ((9,), 0, (50,))],
+)
 @pytest.mark.parametrize("dtype", ["float32", "int64", "float64"])
 def test_scatter_add(shape, axis, idx_shape, dtype):
     rng = np.random.default_rng(0)

@@ -43,7 +43,9 @@ def test_gradient_matches_central_differences(op: registry.Op, index: int) -> No
     if not all(np.isfinite(a).all() for a in arrays if a.dtype.kind == "f"):
         return  # edge-value samples: values are tested, derivatives do not exist there
     arrays = [a.astype(np.float64) if a.dtype.kind == "f" else a for a in arrays]
-    attrs = {k: np.dtype(np.float64) if isinstance(v, np.dtype) and v.kind == "f" else v for k, v in attrs.items()}
+    attrs = {
+        k: np.dtype(np.float64) if isinstance(v, np.dtype) and v.kind == "f" else v for k, v in attrs.items()
+    }
     floats = tuple(i for i, a in enumerate(arrays) if a.dtype.kind == "f")
     if not floats or sum(arrays[i].size for i in floats) == 0:
         return

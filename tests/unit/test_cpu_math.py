@@ -36,7 +36,30 @@ UNARY = {
     "erf": np.vectorize(math.erf, otypes=[np.float64]),
 }
 EDGES = np.array(
-    [0.0, -0.0, 1.0, -1.0, np.inf, -np.inf, np.nan, 1e-45, -1e-45, 1.1754944e-38, 3.4028235e38, -3.4028235e38, 88.7, 89.0, -103.9, -104.5, 0.5, 2.0, 1e5, 1e10, 0.625, 4.0],
+    [
+        0.0,
+        -0.0,
+        1.0,
+        -1.0,
+        np.inf,
+        -np.inf,
+        np.nan,
+        1e-45,
+        -1e-45,
+        1.1754944e-38,
+        3.4028235e38,
+        -3.4028235e38,
+        88.7,
+        89.0,
+        -103.9,
+        -104.5,
+        0.5,
+        2.0,
+        1e5,
+        1e10,
+        0.625,
+        4.0,
+    ],
     np.float32,
 )
 
@@ -74,10 +97,29 @@ def test_float32_functions_are_within_two_ulp_everywhere(name):
     got = run(name, x)
     error = ulps(got, exact)
     worst = int(np.argmax(error))
-    assert error[worst] <= 2.0, f"{name}({x[worst]!r}) = {got[worst]!r}, exact {exact[worst]!r}: {error[worst]:.2f} ulp"
+    assert error[worst] <= 2.0, (
+        f"{name}({x[worst]!r}) = {got[worst]!r}, exact {exact[worst]!r}: {error[worst]:.2f} ulp"
+    )
 
 
-@pytest.mark.parametrize("name", ["sin", "tan", "tanh", "expm1", "log1p", "arcsin", "arctan", "sinh", "arcsinh", "arctanh", "cbrt", "sqrt", "erf"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "sin",
+        "tan",
+        "tanh",
+        "expm1",
+        "log1p",
+        "arcsin",
+        "arctan",
+        "sinh",
+        "arcsinh",
+        "arctanh",
+        "cbrt",
+        "sqrt",
+        "erf",
+    ],
+)
 def test_signed_zero_is_kept(name):
     got = run(name, np.array([0.0, -0.0] * 8, np.float32))
     np.testing.assert_array_equal(np.signbit(got), [False, True] * 8)
@@ -86,7 +128,14 @@ def test_signed_zero_is_kept(name):
 @pytest.mark.parametrize("name", ["exp", "log", "tanh", "erf", "sin", "sqrt"])
 def test_float64_functions_are_within_a_few_ulp(name):
     rng = np.random.default_rng(0)
-    x = np.concatenate([EDGES.astype(np.float64), rng.uniform(-30, 30, 5000), rng.uniform(-1, 1, 5000), 10.0 ** rng.uniform(-300, 300, 5000)])
+    x = np.concatenate(
+        [
+            EDGES.astype(np.float64),
+            rng.uniform(-30, 30, 5000),
+            rng.uniform(-1, 1, 5000),
+            10.0 ** rng.uniform(-300, 300, 5000),
+        ]
+    )
     with np.errstate(all="ignore"):
         exact = UNARY[name](x)
     assert ulps(run(name, x), exact).max() <= 4.0
@@ -96,8 +145,12 @@ def test_power_in_float32():
     rng = np.random.default_rng(0)
     special = np.array([0.0, -0.0, 1.0, -1.0, 2.0, -2.0, 0.5, -0.5, 3.0, np.inf, -np.inf, np.nan], np.float32)
     base, power = (g.ravel() for g in np.meshgrid(special, special))
-    base = np.concatenate([base, rng.uniform(0, 10, 20_000).astype(np.float32), rng.uniform(-10, 10, 2000).astype(np.float32)])
-    power = np.concatenate([power, rng.uniform(-30, 30, 20_000).astype(np.float32), rng.integers(-9, 9, 2000).astype(np.float32)])
+    base = np.concatenate(
+        [base, rng.uniform(0, 10, 20_000).astype(np.float32), rng.uniform(-10, 10, 2000).astype(np.float32)]
+    )
+    power = np.concatenate(
+        [power, rng.uniform(-30, 30, 20_000).astype(np.float32), rng.integers(-9, 9, 2000).astype(np.float32)]
+    )
     with np.errstate(all="ignore"):
         exact = np.power(base.astype(np.float64), power.astype(np.float64))
     got = run("pow", base, power)
@@ -122,14 +175,18 @@ def test_nan_propagates_through_maximum_and_minimum(op, numpy_op):
 
 
 @pytest.mark.parametrize("dtype", ["int8", "int32", "int64", "uint8", "uint32", "float32", "float64"])
-@pytest.mark.parametrize("op, numpy_op", [("floordiv", np.floor_divide), ("mod", np.remainder), ("fmod", np.fmod)])
+@pytest.mark.parametrize(
+    "op, numpy_op", [("floordiv", np.floor_divide), ("mod", np.remainder), ("fmod", np.fmod)]
+)
 def test_division_rounds_like_numpy_and_never_traps(op, numpy_op, dtype):
     kind = np.dtype(dtype).kind
     if kind == "f":
         v = np.array([0.0, -0.0, 1.5, -1.5, 7.0, -7.0, 2.0, -2.0, 1e30, 0.1], dtype)
     else:
         info = np.iinfo(dtype)
-        v = np.array([info.min, info.max, 0, 1, 2, 3, 7, info.max // 2, *([-1, -2, -7] if kind == "i" else [])], dtype)
+        v = np.array(
+            [info.min, info.max, 0, 1, 2, 3, 7, info.max // 2, *([-1, -2, -7] if kind == "i" else [])], dtype
+        )
     x, y = (g.ravel() for g in np.meshgrid(v, v))
     with np.errstate(all="ignore"):
         want = numpy_op(x, y)
@@ -140,17 +197,27 @@ def test_division_rounds_like_numpy_and_never_traps(op, numpy_op, dtype):
 @pytest.mark.parametrize("op, numpy_op", [("left_shift", np.left_shift), ("right_shift", np.right_shift)])
 def test_shifts_beyond_the_width(op, numpy_op, dtype):
     info = np.iinfo(dtype)
-    x, y = (g.ravel().astype(dtype) for g in np.meshgrid([info.min, info.max, 1, 5], [0, 1, 7, 8, 31, 32, 63, 64]))
+    x, y = (
+        g.ravel().astype(dtype) for g in np.meshgrid([info.min, info.max, 1, 5], [0, 1, 7, 8, 31, 32, 63, 64])
+    )
     np.testing.assert_array_equal(run(op, x, y), numpy_op(x, y))
 
 
 def test_integer_power_wraps():
-    x, y = (g.ravel() for g in np.meshgrid(np.array([0, 1, -1, 2, -3, 10, 2**31]), np.array([0, 1, 2, 5, 63, 64])))
+    x, y = (
+        g.ravel() for g in np.meshgrid(np.array([0, 1, -1, 2, -3, 10, 2**31]), np.array([0, 1, 2, 5, 63, 64]))
+    )
     np.testing.assert_array_equal(run("pow", x, y), np.power(x, y))
 
 
-@pytest.mark.parametrize("src", ["bool", "int8", "uint8", "int16", "int32", "uint32", "int64", "uint64", "float16", "float32", "float64"])
-@pytest.mark.parametrize("dst", ["bool", "int8", "uint8", "int16", "int32", "uint32", "int64", "uint64", "float16", "float32", "float64"])
+@pytest.mark.parametrize(
+    "src",
+    ["bool", "int8", "uint8", "int16", "int32", "uint32", "int64", "uint64", "float16", "float32", "float64"],
+)
+@pytest.mark.parametrize(
+    "dst",
+    ["bool", "int8", "uint8", "int16", "int32", "uint32", "int64", "uint64", "float16", "float32", "float64"],
+)
 def test_conversions(src, dst):
     x = np.array([0, 1, 2, 3, 50, 100, 120] * 3).astype(src)
     if np.dtype(src).kind in "if" and np.dtype(dst).kind in "if":
@@ -160,7 +227,19 @@ def test_conversions(src, dst):
     np.testing.assert_array_equal(CpuExecutable(b.program())([x])[0], x.astype(dst))
 
 
-@pytest.mark.parametrize("name, numpy_op", [("sign", np.sign), ("floor", np.floor), ("ceil", np.ceil), ("rint", np.rint), ("trunc", np.trunc), ("abs", np.abs), ("neg", np.negative), ("reciprocal", np.reciprocal)])
+@pytest.mark.parametrize(
+    "name, numpy_op",
+    [
+        ("sign", np.sign),
+        ("floor", np.floor),
+        ("ceil", np.ceil),
+        ("rint", np.rint),
+        ("trunc", np.trunc),
+        ("abs", np.abs),
+        ("neg", np.negative),
+        ("reciprocal", np.reciprocal),
+    ],
+)
 def test_simple_functions_are_exact(name, numpy_op):
     x = np.concatenate([EDGES, np.arange(-3, 3, 0.25, np.float32)])
     with np.errstate(all="ignore"):

@@ -6,9 +6,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tests.unit.lower_workloads import check
 
 import tracejit.ops  # noqa: F401  (fills the op table)
+from tests.unit.lower_workloads import check
 from tracejit.graph import Graph, GraphBuilder
 from tracejit.ops import registry
 from tracejit.program import Capabilities, OpKernel

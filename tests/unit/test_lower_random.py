@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+
 from tests.unit.lower_random import RandomGraph
 from tests.unit.lower_workloads import check
-
 from tracejit.program import Capabilities
 
 CAPABILITIES = [

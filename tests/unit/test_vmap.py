@@ -80,9 +80,7 @@ def test_the_rule_of_every_op_agrees_with_a_loop(op: registry.Op) -> None:
 
 
 def test_an_int_maps_every_argument() -> None:
-    np.testing.assert_allclose(
-        tj.vmap(lambda a, b: a @ b)(X, X + 1), loop(lambda a, b: a @ b, X, X + 1)
-    )
+    np.testing.assert_allclose(tj.vmap(lambda a, b: a @ b)(X, X + 1), loop(lambda a, b: a @ b, X, X + 1))
 
 
 def test_the_function_sees_one_example() -> None:
@@ -288,7 +286,9 @@ def test_methods_and_modules_can_be_mapped(rng: np.random.Generator) -> None:
     x = X.astype(np.float32)
     expected = loop(layer, x)
     np.testing.assert_allclose(tj.vmap(layer)(x), expected, rtol=1e-5, atol=1e-6)
-    np.testing.assert_allclose(tj.vmap(lambda m, v: m(v), (None, 0))(layer, x), expected, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(
+        tj.vmap(lambda m, v: m(v), (None, 0))(layer, x), expected, rtol=1e-5, atol=1e-6
+    )
 
 
 def test_without_the_jit_it_is_a_loop() -> None:
@@ -316,7 +316,9 @@ def test_every_backend_runs_it(device: str) -> None:
     with tj.device(device):
         got = tj.vmap(f, in_axes=(0, None))(x, w)
     h = np.tanh(x @ w)
-    np.testing.assert_allclose(np.asarray(got[0]), np.sort(h) - h.mean(1, keepdims=True), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(
+        np.asarray(got[0]), np.sort(h) - h.mean(1, keepdims=True), rtol=1e-4, atol=1e-5
+    )
     np.testing.assert_array_equal(np.asarray(got[1]), h.argmax(1))
     np.testing.assert_allclose(np.asarray(got[2]), np.sort(h)[:, :2], rtol=1e-4, atol=1e-5)
 

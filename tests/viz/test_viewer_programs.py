@@ -197,7 +197,9 @@ def test_the_first_nan_is_named(tmp_path):
     loaded = load_recording(path)
     session = loaded.sessions[loaded.active]
     bad = session.last.nan_node
-    assert session.model.nodes[bad].op == "log" and "test_viewer_programs.py" in session.model.nodes[bad].source
+    assert (
+        session.model.nodes[bad].op == "log" and "test_viewer_programs.py" in session.model.nodes[bad].source
+    )
 
 
 def test_notebook_picture():

@@ -101,7 +101,9 @@ def card_position(recording: Path, category: str) -> tuple[int, int, int]:
 
     stage = Stage(next(iter(load_recording(recording).sessions.values())), Shot(size=SIZE))
     scene, v = stage.scene, stage.window.view
-    i = next(int(i) for i in scene.shown if scene.items[i].category == category and scene.items[i].kind == "node")
+    i = next(
+        int(i) for i in scene.shown if scene.items[i].category == category and scene.items[i].kind == "node"
+    )
     x, y, w, h = scene.rects[i]
     sx, sy = stage.camera.to_view(x + w / 2, y + h / 2)
     return scene.items[i].head, round(v.centerx + sx), round(v.centery + sy)

@@ -51,7 +51,8 @@ class _Mapped:
         self._out_axes = out_axes
         if not (in_axes is None or _is_axis(in_axes) or isinstance(self._in_axes, tuple)):
             raise TracingError.make(
-                f"in_axes must be an int, None or a tuple with an entry per argument, got {in_axes!r}", op="vmap"
+                f"in_axes must be an int, None or a tuple with an entry per argument, got {in_axes!r}",
+                op="vmap",
             )
         for name, axes in (("in_axes", self._in_axes), ("out_axes", out_axes)):
             wrong = [a for a in trees.leaves(axes, none_is_leaf=True) if not (a is None or _is_axis(a))]

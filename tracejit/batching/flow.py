@@ -150,8 +150,6 @@ def _mapped_backward(bwd: Any, residual_axes: list[int | None], size: int, name:
         assert len(axes) == len(leaves) == len(res_leaves) + len(ct_leaves)
         batcher, out, out_tree = map_over(lambda r, c: bwd(r, c), tree, leaves, axes, size, name)
         # Constants (0.0 for "no gradient") stay what they are: they adapt to the dtype of the argument.
-        return out_tree.unflatten(
-            [Tensor(batcher.every(x), ctx) if isinstance(x, Lane) else x for x in out]
-        )
+        return out_tree.unflatten([Tensor(batcher.every(x), ctx) if isinstance(x, Lane) else x for x in out])
 
     return backward

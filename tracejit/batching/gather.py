@@ -42,9 +42,7 @@ def _take(b: Batcher, node: Node, operands: list[Lane]) -> Lane:
         return Lane(b.move(b.add(node.op, (x.node, idx.node), {"axis": axis}), axis, 0), True)
     if math.prod(node.shape) == 0:
         return Lane(b.full(0, (b.size, *node.shape), node.dtype), True)
-    found = b.add(
-        node.op, (_end_to_end(b, x.node, axis), _shifted(b, idx.node, x.shape[axis])), {"axis": 0}
-    )
+    found = b.add(node.op, (_end_to_end(b, x.node, axis), _shifted(b, idx.node, x.shape[axis])), {"axis": 0})
     # [B, idx, pre, post] -> [B, pre, idx, post]
     after = 1 + rank
     pre = range(after, after + axis)

@@ -126,7 +126,9 @@ def array_function(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) ->
     if func in _CONVERSIONS and args and not _holds_tensor(args[0]):
         # np.asarray(table, like=x): an array of the surroundings enters the trace, by reference.
         dtype = kwargs.get("dtype") if len(args) < 2 else args[1]
-        return pr.tensor(args[0], func.__name__, None if dtype is None else canonical(dtype, op=func.__name__))
+        return pr.tensor(
+            args[0], func.__name__, None if dtype is None else canonical(dtype, op=func.__name__)
+        )
     ours = _function_table(func)
     if ours is None:
         name = func.__name__

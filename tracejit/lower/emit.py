@@ -19,7 +19,6 @@ from tracejit.lower.layout import Place, is_stored, place_of
 from tracejit.lower.values import CONST, DOT, GATHER_OPS, MAP, REDUCE, VIEW, Value
 from tracejit.program import Access, LoopBody
 
-
 _SPECIAL = GATHER_OPS | {"identity", "convert"}
 
 

@@ -14,7 +14,7 @@ from math import prod
 
 from tracejit.lower import affine
 from tracejit.lower.affine import Map
-from tracejit.lower.analysis import FREE_FACTOR, analyse, strip
+from tracejit.lower.analysis import FREE_FACTOR, analyse
 from tracejit.lower.attention import match_attention, place_attention
 from tracejit.lower.cluster import Cluster, can_carry
 from tracejit.lower.prepare import Prepared
@@ -471,7 +471,7 @@ class Fusion:
         parts = 1
         while parts * 2 <= self.caps.split_k and k // (parts * 2) >= 128 and outer[0] % (parts * 2) == 0:
             parts *= 2
-        if parts == 1 or any(c.kind != "loop" for c in v.maps) and len(v.consumers) == 1:
+        if parts == 1 or (any(c.kind != "loop" for c in v.maps) and len(v.consumers) == 1):
             return 1
         if len(v.consumers) == 1:
             ((c, maps),) = v.maps.items()
