@@ -492,9 +492,12 @@ def has_effect(node: Node) -> bool:
 
 def _relink(nodes: Iterable[Node], new: Mapping[Node, Node]) -> None:
     """Point ``grad_of`` of copied nodes at the copied forward nodes, which may have been made after them."""
+    nodes = tuple(nodes)
+    # A gradient node that became a node of the forward program (2*x/2 -> x) does not make that one a gradient node.
+    forward_copies = {new[n] for n in nodes if n.grad_of is None and n in new}
     for node in nodes:
         copy = new.get(node)
-        if copy is None or copy is node or node.grad_of is None:
+        if copy is None or copy is node or node.grad_of is None or copy in forward_copies:
             continue
         if copy.grad_of is None or copy.grad_of is node.grad_of:
             forward = new.get(node.grad_of)
