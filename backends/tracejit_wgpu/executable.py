@@ -122,7 +122,7 @@ class Executable:
         self._fresh_bytes = {b.id: storage_bytes(plan.tables, b.id) for b in self._fresh}
         self._segments = self._segment(plan.steps)
         self._runtime, self._plan = rt, plan
-        rt.pool.on_pressure.append(self._give_up)
+        rt.pool.caches.add(self)
 
     def _segment(self, steps: Sequence[Step]) -> list[tuple[int, int] | Step]:
         """Runs of dispatches (as ranges of dispatch numbers) with host steps between them."""
@@ -140,7 +140,7 @@ class Executable:
             out.append((start, number))
         return out
 
-    def _give_up(self) -> None:
+    def give_up(self) -> None:
         """Memory pressure: temporaries can be made again."""
         self._slots = []
         self._recordings.clear()

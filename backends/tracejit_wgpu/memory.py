@@ -1,14 +1,18 @@
 """Device memory: buffers in size classes, reused through a pool that dead handles feed, with a bound on what lies idle.
 
 A :class:`Handle` owns one buffer; when the last reference to it goes, the buffer returns to the pool. Work is ordered
-by the queue, so a buffer may be handed out again while earlier submissions still read it.
+by the queue, so a buffer may be handed out again while earlier submissions still read it. The pool itself refers to every
+buffer: were a handle the only one, the cycle collector would finalise handle and wgpu buffer in any order, and the handle's
+finaliser would put a buffer that is already released back into the pool.
 """
 
 from __future__ import annotations
 
+import gc
 import heapq
 import os
 import threading
+import weakref
 from collections import OrderedDict, deque
 from collections.abc import Callable
 from typing import Any
@@ -59,13 +63,14 @@ class Pool:
         self._limit = min(limit, binding)
         self._free: OrderedDict[int, list[DeviceBuffer]] = OrderedDict()
         self._next = 0
+        self._all: dict[int, DeviceBuffer] = {}
         self._lock = threading.RLock()
         #: Buffers whose handles died, in any thread; collected by the next request.
         self.returned: deque[DeviceBuffer] = deque()
         self.idle = 0
         self.total = 0
-        #: Called with the pool's lock held when memory runs out, to free what can be made again.
-        self.on_pressure: list[Callable[[], None]] = []
+        #: Objects whose ``give_up()`` is called when memory runs out, to free what can be made again.
+        self.caches: weakref.WeakSet[Any] = weakref.WeakSet()
 
     @property
     def in_use(self) -> int:
@@ -85,6 +90,7 @@ class Pool:
 
     def _drop(self, size: int) -> None:
         for buffer in self._free.pop(size):
+            del self._all[buffer.uid]
             buffer.gpu.destroy()
             self.idle -= buffer.size
             self.total -= buffer.size
@@ -123,16 +129,16 @@ class Pool:
             gpu = self._make(size)
             self._next += 1
             self.total += size
-            return Handle(self, DeviceBuffer(self._next, gpu, size), nbytes)
+            made = self._all[self._next] = DeviceBuffer(self._next, gpu, size)
+            return Handle(self, made, nbytes)
 
     def _make(self, size: int) -> Any:
         try:
             return self._create(size)
         except DeviceOutOfMemoryError:
-            self.trim()
-            for callback in list(self.on_pressure):
-                callback()
-            self._collect()
+            for cache in list(self.caches):
+                cache.give_up()
+            gc.collect()  # arrays in reference cycles hold memory that Python does not know to be scarce
             self.trim()
         try:
             return self._create(size)
@@ -147,6 +153,8 @@ class Pool:
         """The device is gone: its buffers with it."""
         with self._lock:
             self._free.clear()
+            self._all.clear()
+            self.returned.clear()
             self.idle = self.total = 0
 
 
