@@ -303,22 +303,24 @@ class Emitter:
             case "random_bits":
                 self.values[position] = [self.let(position, k, self._random(instr, k)) for k in lanes]
             case _:
-                source = bodies.argument_dtype(self.body, instr)
                 self.values[position] = [
-                    self.let(
-                        position,
-                        k,
-                        wgsl.expression(
-                            instr.op,
-                            [self.lane(p, k) for p in instr.args],
-                            source,
-                            instr.dtype,
-                            self.shader.use,
-                            self.shader.target.f16,
-                        ),
-                    )
+                    self.let(position, k, self._expression(instr, [self.lane(p, k) for p in instr.args]))
                     for k in lanes
                 ]
+
+    def _expression(self, instr: Instr, args: Sequence[str]) -> str:
+        source, use = bodies.argument_dtype(self.body, instr), self.shader.use
+        if instr.dtype.kind == "f" and instr.op in ("mul", "div", "sub"):
+            operands = [self.body.instrs[p] for p in instr.args]
+            zeros = [
+                float(o.attrs["value"]) if o.op == "const" and o.attrs["value"] == 0 else None
+                for o in operands
+            ]
+            special = wgsl.zero_sign(instr.op, zeros, len(set(instr.args)) == 1)
+            if special is not None:
+                name, place, sign = special
+                return f"{use(name)}({args[place]}{', ' + sign if sign else ''})"
+        return wgsl.expression(instr.op, args, source, instr.dtype, use, self.shader.target.f16)
 
     def _random(self, instr: Instr, lane: int) -> str:
         strides = instr.attrs["strides"]

@@ -28,6 +28,27 @@ _add(
     " return bitcast<f32>((bitcast<u32>(x) & 0x7fffffffu) | (bitcast<u32>(s) & 0x80000000u)); }",
 )
 _add("f2u", "fn f2u(x: f32) -> u32 { return select(u32(x), bitcast<u32>(i32(x)), x < 0.0f); }")
+# Drivers fold x * 0, x / 0, 0 / x and x - x of a literal zero or one value as if there were no NaN and infinity.
+_add(
+    "mul0_",
+    "fn mul0_(x: f32, z: u32) -> f32 { let b = bitcast<u32>(x);"
+    " return bitcast<f32>(select((b ^ z) & 0x80000000u, 0x7fc00000u, (b & 0x7f800000u) == 0x7f800000u)); }",
+)
+_add(
+    "div0_",
+    "fn div0_(x: f32, z: u32) -> f32 { let b = bitcast<u32>(x); let a = b & 0x7fffffffu;"
+    " return bitcast<f32>(select(((b ^ z) & 0x80000000u) | 0x7f800000u, 0x7fc00000u, a == 0u || a > 0x7f800000u)); }",
+)
+_add(
+    "zero_over_",
+    "fn zero_over_(x: f32, z: u32) -> f32 { let b = bitcast<u32>(x); let a = b & 0x7fffffffu;"
+    " return bitcast<f32>(select((b ^ z) & 0x80000000u, 0x7fc00000u, a == 0u || a > 0x7f800000u)); }",
+)
+_add(
+    "self_sub_",
+    "fn self_sub_(x: f32) -> f32 {"
+    " return bitcast<f32>(select(0u, 0x7fc00000u, (bitcast<u32>(x) & 0x7f800000u) == 0x7f800000u)); }",
+)
 _add("round16_hw", "fn round16_(x: f32) -> f32 { return f32(f16(x)); }")
 _add(
     "round16",

@@ -7,28 +7,32 @@ Called by ``executable.py`` and ``__init__.py``.
 from __future__ import annotations
 
 import struct
+import sys
 import warnings
 from typing import Any
 
 import numpy as np
 
+from tracejit import source
 from tracejit.errors import DTypeError
 from tracejit_wgpu.wgsl import storage_dtype
 
 _warned: set[str] = set()
 
 
-def warn_once(kind: str, *, stacklevel: int = 3) -> None:
-    """Tell once per process that a 64-bit dtype is computed in 32 bits."""
+def warn_once(kind: str) -> None:
+    """Tell once per process, at the user's line, that a 64-bit dtype is computed in 32 bits."""
     if kind not in _warned:
         _warned.add(kind)
         narrow = {
             "f": "float64 arrays are computed as float32",
             "i": "64-bit integers are computed as 32-bit",
         }[kind]
-        warnings.warn(
-            f"WebGPU has no 64-bit types: {narrow} on device 'wgpu'", UserWarning, stacklevel=stacklevel
-        )
+        message = f"WebGPU has no 64-bit types: {narrow} on device 'wgpu'"
+        frame, level = sys._getframe(1), 2
+        while frame.f_back is not None and source.is_internal(frame.f_code.co_filename):
+            frame, level = frame.f_back, level + 1
+        warnings.warn(message, UserWarning, stacklevel=level)
 
 
 def check_range(array: np.ndarray) -> None:
@@ -55,7 +59,7 @@ def to_storage(value: Any, dtype: np.dtype, f16: bool, *, warn: bool = True) -> 
         if array.dtype.kind in "iu":
             check_range(array)
         if warn and array.ndim:
-            warn_once("f" if array.dtype.kind == "f" else "i", stacklevel=5)
+            warn_once("f" if array.dtype.kind == "f" else "i")
     target = storage_dtype(dtype, f16)
     if array.dtype.kind == "f" and array.dtype.itemsize > target.itemsize:
         with np.errstate(over="ignore"):

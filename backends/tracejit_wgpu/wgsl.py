@@ -155,6 +155,23 @@ def expression(
     return wrap(text, dtype) if dtype.kind in "iu" and dtype.itemsize < 4 else text
 
 
+def zero_sign(op: str, zeros: Sequence[float | None], same: bool) -> tuple[str, int, str] | None:
+    """(helper, operand that stays, sign bits of the zero) where a literal zero, or one value twice, must not be folded.
+
+    ``zeros`` has the value of each operand that is a constant zero; ``same``: both operands are one value.
+    """
+    if op == "sub" and same:
+        return "self_sub_", 0, ""
+    for place, zero in enumerate(zeros):
+        if zero is None or op not in ("mul", "div") or len(zeros) != 2:
+            continue
+        sign = "0x80000000u" if math.copysign(1.0, zero) < 0 else "0u"
+        if op == "mul":
+            return "mul0_", 1 - place, sign
+        return ("zero_over_", 1, sign) if place == 0 else ("div0_", 0, sign)
+    return None
+
+
 def _expression(op: str, a: Sequence[str], source: DType, dtype: DType, use: Helpers) -> str:
     kind = source.kind
     if op in _IDENTITY:
