@@ -118,6 +118,29 @@ def normalise(body: LoopBody, keep: Iterable[int] = ()) -> LoopBody:
     return remap(body, groups)
 
 
+def only(body: LoopBody, stores: Iterable[int]) -> LoopBody:
+    """The body with only these stores and what they need."""
+    needed = set(stores)
+    stack = list(needed)
+    while stack:
+        fresh = set(operands(body.instrs[stack.pop()])) - needed
+        needed |= fresh
+        stack.extend(fresh)
+    kept = sorted(needed)
+    where = {old: new for new, old in enumerate(kept)}
+
+    def fix(instr: Instr) -> Instr:
+        attrs = dict(instr.attrs)
+        if "gather" in attrs:
+            attrs["gather"] = tuple((where[p], s, n) for p, s, n in attrs["gather"])
+        for name in ("predicate", "index_arg"):
+            if attrs.get(name) is not None:
+                attrs[name] = where[attrs[name]]
+        return replace(instr, args=tuple(where[p] for p in instr.args), attrs=attrs)
+
+    return replace(body, instrs=tuple(fix(body.instrs[p]) for p in kept))
+
+
 def levels(body: LoopBody) -> list[int]:
     """Per instruction: how many rounds of reductions must have finished before it can be computed."""
     out: list[int] = []

@@ -614,7 +614,29 @@ def _split(body: LoopBody, tables: Tables) -> list[tuple[LoopBody, Strategy | No
     if groups >= 128 or per_thread < 16 or (_sweeps(body) > 1 and length <= 32768):
         return [(body, None)]
     parts = max(2, min(512 // groups, per_thread // 4, 512))
-    return _stages(body, tables, parts)
+    return _bound(body, tables, parts)
+
+
+def _bound(body: LoopBody, tables: Tables, parts: int) -> list[tuple[LoopBody, Strategy | None]]:
+    """The stages of a body, half of its stores at a time if their scratch buffers do not fit in the bindings of a stage."""
+
+    def bindings(b: LoopBody) -> set[int]:
+        reads, writes = bodies.buffers(b)
+        return {tables.alias.get(x, x) for x in (*reads, *writes) if x not in tables.scalars}
+
+    stages = _stages(body, tables, parts)
+    if all(len(bindings(b)) <= tables.target.buffers for b, _ in stages):
+        return stages
+    reads, writes = bodies.buffers(body)
+    in_place = {tables.alias.get(b, b) for b in reads} & {tables.alias.get(b, b) for b in writes}
+    stores = [p for p, i in enumerate(body.instrs) if i.op == "store"]
+    if in_place or len(stores) < 2:
+        return [(body, None)]  # slower, but within the bindings that the lowering counted
+    half = len(stores) // 2
+    first, second = (
+        _bound(bodies.only(body, part), tables, parts) for part in (stores[:half], stores[half:])
+    )
+    return [*first, *second]
 
 
 def _stages(body: LoopBody, tables: Tables, parts: int) -> list[tuple[LoopBody, Strategy | None]]:
