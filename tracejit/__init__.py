@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from tracejit.control import while_loop as while_loop
     from tracejit.custom import custom_vjp as custom_vjp
     from tracejit.custom import stop_gradient as stop_gradient
+    from tracejit.environment import FrozenValueWarning as FrozenValueWarning
     from tracejit.errors import CompileError as CompileError
     from tracejit.errors import ConcretizationError as ConcretizationError
     from tracejit.errors import DeviceError as DeviceError
@@ -74,6 +75,7 @@ _HOMES: dict[str, tuple[str, ...]] = {
     "config": ("debug_nans", "disable_jit"),
     "control": ("cond", "print", "scan", "while_loop"),
     "custom": ("custom_vjp", "stop_gradient"),
+    "environment": ("FrozenValueWarning",),
     "errors": (
         "CompileError", "ConcretizationError", "DTypeError", "DeviceError", "DeviceLostError", "DeviceOutOfMemoryError",
         "FileFormatError", "GradientError", "GraphError", "IndexingError", "LeakedTensorError", "NonFiniteError",

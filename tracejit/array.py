@@ -200,11 +200,11 @@ _eager: dict[np.ufunc, Any] = {}
 def _on_device(ufunc: np.ufunc, inputs: tuple[Any, ...]) -> Any:
     """Run one ufunc on the device of the first Array among the operands; on the host where it cannot be traced."""
     from tracejit.errors import UnsupportedFunctionError
-    from tracejit.jit import trace
+    from tracejit.jit import TracedFunction
 
     traced = _eager.get(ufunc)
     if traced is None:
-        traced = _eager[ufunc] = trace(_caller(ufunc), name=ufunc.__name__)
+        traced = _eager[ufunc] = TracedFunction(_caller(ufunc), name=ufunc.__name__)
     device = next(x.device for x in inputs if isinstance(x, Array))
     try:
         return traced(*inputs, device=device)

@@ -33,6 +33,8 @@ class TraceContext:
         self.made_at = _source.location()
         #: Arrays used inside that are not arguments: id -> (array, input node). Held by reference, read at each call.
         self.captured: dict[int, tuple[Any, Node]] = {}
+        #: How often each of them was used: id -> count (kept by the outermost context).
+        self.uses: dict[int, int] = {} if parent is None else parent.uses
         #: Outer tensors used inside a control-flow body: id of outer node -> (outer tensor, inner input node).
         self.lifted: dict[int, tuple[Tensor, Node]] = {}
         #: Values of weakly typed scalar arguments at trace time, by input node; reading one makes a guard.
@@ -50,13 +52,17 @@ class TraceContext:
 
     def capture(self, array: Any) -> Node:
         """The input node for an array of the surroundings (a closed-over weight, a global table)."""
+        self.uses[id(array)] = self.uses.get(id(array), 0) + 1
+        return self._capture(array)
+
+    def _capture(self, array: Any) -> Node:
         found = self.captured.get(id(array))
         if found is not None:
             return found[1]
         if self.parent is not None and self.parent.open:
             from tracejit.tensor import Tensor
 
-            return self.lift(Tensor(self.parent.capture(array), self.parent))
+            return self.lift(Tensor(self.parent._capture(array), self.parent))
         node = self.add_input(
             f"capture{len(self.captured)}", array.shape, canonical(array.dtype), kind="capture"
         )

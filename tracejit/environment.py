@@ -1,183 +1,334 @@
-"""What a traced function reads besides its arguments: globals, closure cells, attributes of configuration objects.
+"""What a traced function reads besides its arguments, remembered so that a change takes effect as in plain Python.
 
-A trace depends on the values these had; ``jit.py`` checks them on every call, so that rebinding a global or changing a
-closed-over learning rate takes effect, as it does in plain Python. Arrays are compared by identity (their contents are
-read at each call); scalars, strings and tuples by value; functions by identity, and looked into.
+``jit.py`` takes a snapshot after each trace and checks it on every call. Names, closure cells and attributes are compared
+by identity, then by value for scalars; containers by their items; functions and objects are looked into (``reads.py``).
+Arrays in the graph are inputs read at each call; the contents of those that the function used outside of it are compared.
 """
 
 from __future__ import annotations
 
-import dis
 import enum
+import functools
+import random
+import sys
 import types
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
+from numpy.lib.array_utils import byte_bounds
 
 from tracejit import source, trees
+from tracejit.reads import Reads, reads_of
 
 _MISSING = object()
-_DEPTH = 4
-_LIMIT = 256
+#: Bounds of one snapshot: slots and objects looked into, items of a container, bytes of an array compared per call.
+_MAX_SLOTS = 2048
+_MAX_ITEMS = 1024
+_MAX_BYTES = 16 << 20
 
-#: (container, name, value): container is a dict (globals, an object's __dict__) or a closure cell (name unused).
+#: (container, name, value): container has ``get`` (globals, an object's __dict__) or is a closure cell (name for messages).
 Slot = tuple[Any, str, Any]
 
 
+class FrozenValueWarning(UserWarning):
+    """A traced function drew random numbers from NumPy or Python: they are constants of the compiled program."""
+
+
 class Environment:
-    """A snapshot of the slots that a function reads, taken when it was traced."""
+    """A snapshot of what a function reads, taken when it was traced."""
 
-    __slots__ = ("_cells", "_names", "_trees")
+    __slots__ = ("_arrays", "_cells", "_names", "_sets", "_trees")
 
-    def __init__(self, slots: list[Slot]) -> None:
-        self._names = [s for s in slots if not isinstance(s[0], types.CellType) and not _is_tree(s[2])]
-        self._cells = [s for s in slots if isinstance(s[0], types.CellType) and not _is_tree(s[2])]
-        self._trees = [(c, n, v, *trees.flatten(v)) for c, n, v in slots if _is_tree(v)]
+    def __init__(self, slots: Iterable[Slot], arrays: Iterable[np.ndarray] = ()) -> None:
+        slots = list(slots)
+        plain = [s for s in slots if not _is_tree(s[2])]
+        self._names = [(c.get, n, v) for c, n, v in plain if not isinstance(c, types.CellType)]
+        self._cells = [s for s in plain if isinstance(s[0], types.CellType)]
+        self._trees = [(c, n, *trees.flatten(v)) for c, n, v in slots if _is_tree(v)]
+        self._sets = [(v, frozenset(v)) for _, _, v in plain if isinstance(v, set)]
+        self._arrays = [(a, a.tobytes()) for a in arrays]
 
     def __bool__(self) -> bool:
-        return bool(self._names or self._cells or self._trees)
+        return bool(self._names or self._cells or self._trees or self._arrays)
 
     def unchanged(self) -> bool:
-        """True if every slot still has the value it had: the check on the call path."""
-        for container, name, value in self._names:
-            now = container.get(name, _MISSING)
+        """True if everything still has the value it had: the check on the call path."""
+        for get, name, value in self._names:
+            now = get(name, _MISSING)
             if now is not value and not _same(now, value):
                 return False
-        for cell, _, value in self._cells:
-            try:
-                now = cell.cell_contents
-            except ValueError:  # emptied
-                return False
+        for cell, name, value in self._cells:
+            now = _read(cell, name)
             if now is not value and not _same(now, value):
                 return False
-        return not self._trees or self._trees_unchanged()
+        return not (self._trees or self._sets or self._arrays) or self._contents_unchanged()
 
-    def _trees_unchanged(self) -> bool:
-        for container, name, _, leaves, tree in self._trees:
+    def _contents_unchanged(self) -> bool:
+        for container, name, leaves, tree in self._trees:
             now = _read(container, name)
-            if now is _MISSING:
+            if now is _MISSING or not _is_tree(now):
                 return False
             new_leaves, new_tree = trees.flatten(now)
             if new_tree != tree or not all(a is b or _same(a, b) for a, b in zip(new_leaves, leaves)):
                 return False
-        return True
+        return all(s == before for s, before in self._sets) and all(
+            array.tobytes() == before for array, before in self._arrays
+        )
 
     def changes(self) -> list[str]:
-        """Names of the slots that changed, for the retrace explanation."""
+        """What changed, for the retrace explanation."""
         out = []
-        for container, name, value in (*self._names, *self._cells):
-            now = _read(container, name)
+        names = [(name, get(name, _MISSING), value) for get, name, value in self._names]
+        cells = [(name, _read(cell, name), value) for cell, name, value in self._cells]
+        for name, now, value in names + cells:
             if now is not value and not _same(now, value):
                 out.append(f"{name}: {_short(value)} -> {_short(now)}")
-        if self._trees and not self._trees_unchanged():
-            out.append("a closed-over or global container: " + ", ".join(t[1] for t in self._trees))
+        if not self._contents_unchanged():
+            what = [t[1] for t in self._trees] or ["a set or an array whose values were used while tracing"]
+            out.append("the contents of a closed-over or global container: " + ", ".join(what))
         return out
 
 
-def snapshot(fn: Callable[..., Any], extra: Sequence[Slot] = ()) -> Environment:
-    """The environment of ``fn`` and of the plain Python functions it reads, to a bounded depth, plus ``extra`` slots."""
-    slots: dict[tuple[int, str], Slot] = {(id(c), n): (c, n, v) for c, n, v in extra}
-    seen: set[int] = set()
-    for container, name, value in _slots(fn, _DEPTH, seen):
-        slots.setdefault((id(container), name), (container, name, value))
-        if len(slots) >= _LIMIT:
-            break
-    return Environment(list(slots.values()))
+def snapshot(
+    fn: Callable[..., Any], objects: Sequence[Any] = (), captured: Sequence[tuple[Any, int]] = ()
+) -> Environment:
+    """The environment of ``fn``, of the functions and objects it reads, and of ``objects`` (static arguments such as self).
+
+    ``captured`` are the arrays that became inputs of the graph, each with how often it was used there.
+    """
+    walk = _Walk(fn, objects)
+    return Environment(walk.slots.values(), walk.arrays_used_outside(captured))
 
 
-def _slots(fn: Any, depth: int, seen: set[int]) -> Iterator[Slot]:
-    while hasattr(fn, "__wrapped__") and not isinstance(fn, types.FunctionType):
-        fn = fn.__wrapped__
-    if isinstance(fn, types.MethodType):
-        fn = fn.__func__
-    code = getattr(fn, "__code__", None)
-    if code is None or id(fn) in seen or source.is_internal(code.co_filename):
-        return
-    seen.add(id(fn))
-    names, attributes = _reads(code)
-    bound: list[tuple[Any, str, Any]] = [
-        (fn.__globals__, n, fn.__globals__[n]) for n in names if n in fn.__globals__
-    ]
-    for name, cell in zip(code.co_freevars, fn.__closure__ or ()):
-        try:
-            bound.append((cell, name, cell.cell_contents))
-        except ValueError:
-            continue
-    for container, name, value in bound:
-        if _guardable(value):
-            yield container, name, value
-        if isinstance(value, types.FunctionType) or hasattr(value, "__wrapped__"):
-            if not isinstance(value, types.FunctionType) or not source.is_internal(
-                value.__code__.co_filename
-            ):
-                yield container, name, value
-            if depth > 0:
-                yield from _slots(value, depth - 1, seen)
-        elif _is_config(value):
-            yield container, name, value
-            fields = vars(value)
-            for attribute in attributes:
-                if attribute in fields and _guardable(fields[attribute]):
-                    yield fields, attribute, fields[attribute]
+# -- random numbers ------------------------------------------------------------------------------------------------
 
 
-def object_slots(value: Any) -> list[Slot]:
-    """Attributes of a static object argument (``self`` of a method) that a trace may have read."""
-    if not _is_config(value):
-        return []
-    return [(vars(value), name, item) for name, item in vars(value).items() if _guardable(item)]
+class RandomStates:
+    """Notices that a trace drew from NumPy's or Python's random numbers, which would then never change again."""
+
+    def __init__(self, fn: Callable[..., Any], objects: Sequence[Any] = ()) -> None:
+        self._generators = list(_Walk(fn, objects).generators.values())
+        self._before = self._states()
+
+    def _states(self) -> list[tuple[str, Any]]:
+        found: list[tuple[str, Any]] = [("random", random.getstate())]
+        if "numpy.random" in sys.modules:
+            state: Any = np.random.get_state()  # noqa: NPY002 - the legacy generator is the one to watch
+            found.append(("np.random", (state[1].tobytes(), state[2])))
+        found += [
+            ("a NumPy Generator", repr(g.bit_generator.state)) for g in self._generators if _is_generator(g)
+        ]
+        return found
+
+    def used(self) -> str:
+        """Which source of random numbers was drawn from since; the empty string for none."""
+        return ", ".join(name for (name, a), (_, b) in zip(self._before, self._states()) if a != b)
 
 
-_GLOBAL_READS = frozenset({"LOAD_GLOBAL", "LOAD_NAME"})
+def _is_view(part: Any, whole: np.ndarray) -> bool:
+    """True if all of ``part`` is memory of ``whole``, as for ``whole.T`` and ``whole[1:]``."""
+    base = getattr(part, "base", None)
+    if base is None or (base is not whole and base is not whole.base):
+        return False
+    (low, high), (first, last) = byte_bounds(part), byte_bounds(whole)
+    return first <= low and high <= last
 
 
-def _reads(code: types.CodeType) -> tuple[set[str], set[str]]:
-    """Global names and attribute names that ``code`` and the functions nested in it read."""
-    names: set[str] = set()
-    attributes: set[str] = set()
-    for instruction in dis.get_instructions(code):
-        if instruction.opname in _GLOBAL_READS:
-            names.add(instruction.argval)
-        elif instruction.opname in ("LOAD_ATTR", "LOAD_METHOD"):
-            attributes.add(instruction.argval)
-    for constant in code.co_consts:
-        if isinstance(constant, types.CodeType):
-            inner_names, inner_attributes = _reads(constant)
-            names |= inner_names
-            attributes |= inner_attributes
-    return names, attributes
+def _is_generator(value: Any) -> bool:
+    # By type: asking an arbitrary object for an attribute may run its code.
+    return type(value).__name__ == "Generator" and type(value).__module__.startswith("numpy")
+
+
+# -- walking -------------------------------------------------------------------------------------------------------
+
+
+class _Walk:
+    """Everything that a function can reach by the names and attributes in its code, breadth first.
+
+    Attribute names are not tied to objects: ``self.layer.w`` in some function means that ``layer`` and ``w`` of every object
+    reached are watched. That may watch too much, never too little; names that no code mentions are not watched.
+    """
+
+    def __init__(self, fn: Callable[..., Any], objects: Sequence[Any]) -> None:
+        self.slots: dict[tuple[int, str], Slot] = {}
+        self.generators: dict[int, Any] = {}
+        self._arrays: dict[int, np.ndarray] = {}
+        self._loads: Counter[int] = Counter()
+        self._attributes: set[str] = {"__call__"}
+        self._objects: dict[int, Any] = {}
+        self._codes: set[tuple[int, ...]] = set()
+        self._values: dict[int, Any] = {}  # holds them, so that no id is used twice
+        self._function(fn)
+        for value in objects:
+            self._value(value, 1)
+        self._look_into_objects()
+
+    def arrays_used_outside(self, captured: Sequence[tuple[Any, int]]) -> Iterator[np.ndarray]:
+        """Arrays that the function read more often than they entered the graph: some use went through NumPy at once."""
+        for key, array in self._arrays.items():
+            inside = sum(n for c, n in captured if c is array or _is_view(c, array))
+            if inside < self._loads[key] and array.nbytes <= _MAX_BYTES and array.dtype != object:
+                yield array
+
+    def _look_into_objects(self) -> None:
+        done: set[tuple[int, str]] = set()
+        while True:
+            todo = [
+                (obj, attribute)
+                for key, obj in self._objects.items()
+                for attribute in self._attributes
+                if (key, attribute) not in done
+            ]
+            if not todo or len(self.slots) >= _MAX_SLOTS or len(self._objects) >= _MAX_SLOTS:
+                return
+            for obj, attribute in todo:
+                done.add((id(obj), attribute))
+                self._attribute(obj, attribute)
+
+    def _function(self, fn: Any) -> None:
+        code = getattr(fn, "__code__", None)
+        if code is None:
+            self._value(fn, 1)
+            return
+        closure = fn.__closure__ or ()
+        # Two closures of one function differ in their cells.
+        key = (id(code), *map(id, closure))
+        if key in self._codes or source.is_internal(code.co_filename):
+            return
+        self._codes.add(key)
+        reads: Reads = reads_of(code)
+        self._attributes |= reads.attributes
+        for name, loads in reads.names.items():
+            if name in fn.__globals__:
+                self._slot(fn.__globals__, id(fn.__globals__), name, fn.__globals__[name], loads)
+        for name, cell in zip(code.co_freevars, closure):
+            value = _read(cell, name)
+            if value is not _MISSING:
+                self._slot(cell, id(cell), name, value, reads.cells.get(name, 0))
+        positional = code.co_varnames[: code.co_argcount]
+        defaults = dict(zip(reversed(positional), reversed(fn.__defaults__ or ()))) | (
+            fn.__kwdefaults__ or {}
+        )
+        for name, value in defaults.items():
+            self._value(value, reads.locals.get(name, 0))
+
+    def _slot(self, container: Any, owner: int, name: str, value: Any, loads: int) -> None:
+        if isinstance(value, types.ModuleType):
+            if not _is_library(value.__name__):
+                self._objects[id(value)] = value
+            return
+        self.slots.setdefault((owner, name), (container, name, value))
+        self._value(value, loads)
+
+    def _value(self, value: Any, loads: int) -> None:
+        """Look into a value that the function can reach."""
+        if isinstance(value, np.ndarray):
+            self._arrays[id(value)] = value
+            self._loads[id(value)] += loads
+            return
+        if isinstance(value, _SCALARS) or id(value) in self._values:
+            return
+        self._values[id(value)] = value
+        if isinstance(value, types.FunctionType):
+            self._function(value)
+        elif isinstance(value, types.MethodType):
+            self._function(value.__func__)
+            self._value(value.__self__, 1)
+        elif isinstance(value, functools.partial):
+            for part in (value.func, *value.args, *value.keywords.values()):
+                self._value(part, 1)
+        elif isinstance(value, property):
+            self._value(value.fget, 1)
+        elif isinstance(value, functools.cached_property):
+            self._value(value.func, 1)
+        elif isinstance(value, staticmethod | classmethod):
+            self._value(value.__func__, 1)
+        elif _is_tree(value):
+            for leaf in trees.leaves(value):
+                self._value(leaf, 1)
+        elif _is_generator(value):
+            self.generators[id(value)] = value
+        elif not isinstance(value, type) and "__wrapped__" in _fields(value):
+            self._value(_fields(value)["__wrapped__"], 1)
+        elif _is_object(value):
+            self._objects[id(value)] = value
+
+    def _attribute(self, obj: Any, name: str) -> None:
+        """Watch one attribute of an object, class or module, wherever Python would find it."""
+        own = _fields(obj)
+        if not isinstance(obj, type) and name in own:
+            self._slot(own, id(obj), name, own[name], 1)
+            return
+        if isinstance(obj, types.ModuleType):
+            return
+        for cls in (obj if isinstance(obj, type) else type(obj)).__mro__:
+            found = vars(cls).get(name, _MISSING)
+            if found is _MISSING:
+                continue
+            if isinstance(found, types.MemberDescriptorType):  # __slots__
+                fields = _Fields(obj)
+                value = fields.get(name, _MISSING)
+                if value is not _MISSING and not isinstance(obj, type):
+                    self._slot(fields, id(obj), name, value, 1)
+            elif not _is_library(cls.__module__):
+                self._slot(vars(cls), id(cls), name, found, 1)
+            return
+
+
+def _fields(obj: Any) -> Any:
+    """The ``__dict__`` of an object; not through ``vars`` or ``getattr`` of the object's own making."""
+    try:
+        return object.__getattribute__(obj, "__dict__")
+    except AttributeError:
+        return {}
+
+
+class _Fields:
+    """The attributes of an object without ``__dict__``, read like a dict."""
+
+    def __init__(self, obj: Any) -> None:
+        self._obj = obj
+
+    def get(self, name: str, default: Any) -> Any:
+        return getattr(self._obj, name, default)
 
 
 _SCALARS = (bool, int, float, str, bytes, type(None), enum.Enum, np.generic, np.dtype)
+_LIBRARIES = frozenset(
+    {"numpy", "optree", "safetensors", "llvmlite", "wgpu", "pygame"}
+) | sys.stdlib_module_names - {"__main__"}
 
 
-def _guardable(value: Any) -> bool:
-    if isinstance(value, (*_SCALARS, np.ndarray)) or hasattr(value, "__tracejit_array__"):
-        return True
-    return _is_tree(value)
+@functools.lru_cache(maxsize=1024)
+def _is_library(module: str | None) -> bool:
+    """True for modules of Python, NumPy and tracejit: they do not change under a running program."""
+    top = (module or "").partition(".")[0]
+    return top in _LIBRARIES or top == "tracejit" or top.startswith("tracejit_")
 
 
 def _is_tree(value: Any) -> bool:
     """Containers whose items may be replaced without the name being rebound."""
-    return type(value) in (dict, list, tuple) and len(value) <= 256
+    return isinstance(value, dict | list | tuple | deque) and len(value) <= _MAX_ITEMS
 
 
-def _is_config(value: Any) -> bool:
-    """Objects whose attributes a function reads: a config instance, a trainer; not modules, classes or arrays."""
-    return (
-        hasattr(value, "__dict__")
-        and not isinstance(value, types.ModuleType | type | types.FunctionType | types.BuiltinFunctionType)
-        and not hasattr(value, "__tracejit_array__")
-        and not type(value).__module__.startswith(("numpy", "tracejit"))
+def _is_object(value: Any) -> bool:
+    """Objects and classes of the user's, whose attributes a function may read: a config, a model, a trainer."""
+    if isinstance(value, set):
+        return False
+    return not _is_library((value if isinstance(value, type) else type(value)).__module__) or isinstance(
+        value, types.SimpleNamespace
     )
 
 
 def _same(now: Any, before: Any) -> bool:
-    if type(now) is not type(before) or isinstance(now, np.ndarray) or hasattr(now, "__tracejit_array__"):
+    if type(now) is not type(before):
         return False
     if isinstance(now, _SCALARS):
         return bool(now == before) or (now != now and before != before)
+    if isinstance(now, types.MethodType):  # made anew at every look-up
+        return bool(now == before)
     return False
 
 
@@ -185,7 +336,7 @@ def _read(container: Any, name: str) -> Any:
     if isinstance(container, types.CellType):
         try:
             return container.cell_contents
-        except ValueError:
+        except ValueError:  # emptied
             return _MISSING
     return container.get(name, _MISSING)
 
@@ -197,3 +348,6 @@ def _short(value: Any) -> str:
         return f"array at {id(value):#x}"
     text = repr(value)
     return text if len(text) < 40 else text[:37] + "..."
+
+
+__all__ = ["Environment", "FrozenValueWarning", "RandomStates", "snapshot"]

@@ -22,7 +22,7 @@ from tracejit import backend as _backend
 from tracejit import source
 from tracejit.compilation import Entry, compile_entry
 from tracejit.config import log, log_enabled
-from tracejit.environment import object_slots, snapshot
+from tracejit.environment import FrozenValueWarning, RandomStates, snapshot
 from tracejit.errors import TraceError, TracingError, hide_internal_frames
 from tracejit.graph import Graph
 from tracejit.inspection import Inspection
@@ -281,18 +281,23 @@ class TracedFunction:
             if log_enabled("retrace") and self._cache:
                 log("retrace", self._explain(key, leaves, paths, seen))
             self._watch_storm(key, leaves, paths, seen)
+            objects = [leaf for leaf, part in zip(leaves, key[3:]) if isinstance(part, Static)]
+            objects += [part.value for _, part in static]
+            randomness = RandomStates(self._environment, objects)
             try:
                 traced = self._trace(key, leaves, tree, paths, static)
                 entry = compile_entry(traced, self._name, key[1], leaves)
             except RecursionError as error:
                 raise TracingError.make(f"{self._name} recursed too deeply while being traced") from error
-            slots = [
-                s
-                for leaf, part in zip(leaves, key[3:])
-                if isinstance(part, Static)
-                for s in object_slots(leaf)
-            ]
-            entry.environment = snapshot(self._environment, slots) or None
+            if drawn := randomness.used():
+                warnings.warn(
+                    f"{self._name} drew from {drawn} while it was traced: these numbers are now constants of the compiled "
+                    "program. Use tj.random with a key argument, or draw outside and pass the array.",
+                    FrozenValueWarning,
+                    stacklevel=5,
+                )
+            captured = list(zip(traced.captures, traced.uses))
+            entry.environment = snapshot(self._environment, objects, captured) or None
             entry.key, entry.paths = key, paths
             # Newest first: after a closure changed, its newest value is the likeliest.
             self._cache[key] = [entry, *self._cache.get(key, [])][:8]

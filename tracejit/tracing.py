@@ -31,6 +31,8 @@ class Traced:
     guards: tuple[GuardInfo, ...]
     outputs: tuple[tuple[str, Any], ...]
     out_tree: Any
+    #: How often each capture was used.
+    uses: tuple[int, ...] = ()
 
 
 def trace_function(
@@ -84,4 +86,5 @@ def trace_function(
     graph = Graph.build(name, inputs, nodes, node_names, ctx.effects)
     # Guards are recorded by input position; the call path compares leaves.
     guards = tuple(GuardInfo(dynamic[g.index], g.value, g.source) for g in ctx.guards.values())
-    return Traced(graph, tuple(dynamic), captures, guards, tuple(outputs), out_tree)
+    uses = tuple(ctx.uses[id(array)] for array in captures)
+    return Traced(graph, tuple(dynamic), captures, guards, tuple(outputs), out_tree, uses)

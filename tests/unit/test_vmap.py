@@ -184,7 +184,7 @@ def test_sizes_that_differ_name_the_arguments() -> None:
 
 
 def test_scalars_and_strings_cannot_be_mapped() -> None:
-    with pytest.raises(tj.ShapeError, match="scale has no axis 0 to map over.*None in in_axes"):
+    with pytest.raises(tj.ShapeError, match=r"scale has no axis 0 to map over.*None in in_axes"):
         tj.vmap(lambda x, scale: x * scale)(X, 2.0)
     with pytest.raises(tj.ShapeError, match="mode has no axis 0"):
         tj.vmap(lambda x, mode: x)(X, "fast")
@@ -547,7 +547,7 @@ def test_scan_over_steps_for_many_examples(reverse: bool) -> None:
 
 def test_scan_whose_carry_only_becomes_different_in_the_body() -> None:
     def f(x: Any) -> Any:
-        return tj.scan(lambda c, _: (c[1:] + (c[0] + x,), None), (0.0, 1.0, 2.0), None, length=5)[0]
+        return tj.scan(lambda c, _: ((*c[1:], c[0] + x), None), (0.0, 1.0, 2.0), None, length=5)[0]
 
     xs = np.array([1.0, -2.0])
     got = tj.vmap(f)(xs)

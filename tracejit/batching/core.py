@@ -194,7 +194,7 @@ def _forward(node: Node, new: Mapping[Node, Lane | list[Lane]]) -> Node | None:
 
 
 def one_by_one(b: Batcher, node: Node, operands: list[Lane]) -> Lane | list[Lane]:
-    """The last resort: a loop (``scan``) over the examples, in order. For what cannot happen for all at once, as printing."""
+    """The last resort: a loop (``scan``) over the examples, in order. For what cannot happen for all at once: printing."""
     fixed = [lane.node for lane in operands if not lane.batched]
     moving = [lane.node for lane in operands if lane.batched]
     order = np.argsort([lane.batched for lane in operands], kind="stable")
