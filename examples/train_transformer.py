@@ -31,13 +31,26 @@ import numpy as np
 import tracejit as tj
 from tracejit import nn, optim
 
-CONTEXT = 64  # characters the model sees
-BATCH = 8  # windows per step
-D_MODEL = 96
-HEADS = 4
-LAYERS = 2
-PEAK_RATE = 4e-3
 VALIDATION_BATCHES = 32
+
+
+@dataclass(frozen=True)
+class Config:
+    """The size of the model and of a step. ``context`` is the number of characters that the model sees."""
+
+    layers: int
+    d_model: int
+    heads: int
+    context: int
+    batch: int  # windows per step
+    steps: int
+    peak_rate: float
+
+
+SIZES = {
+    "small": Config(layers=2, d_model=96, heads=4, context=64, batch=8, steps=300, peak_rate=4e-3),
+    "base": Config(layers=4, d_model=128, heads=4, context=128, batch=12, steps=500, peak_rate=3e-3),
+}
 
 
 # -- data ----------------------------------------------------------------------------------------------------
@@ -67,12 +80,10 @@ def load_corpus() -> Corpus:
     return Corpus(alphabet, ids[:split], ids[split:])
 
 
-def sample_batch(
-    ids: np.ndarray, rng: np.random.Generator, batch: int = BATCH
-) -> tuple[np.ndarray, np.ndarray]:
-    """Random windows and, as labels, the same one character later: two (batch, CONTEXT) int32 arrays."""
-    starts = rng.integers(0, len(ids) - CONTEXT, batch)
-    windows = ids[starts[:, None] + np.arange(CONTEXT + 1)]
+def sample_batch(ids: np.ndarray, rng: np.random.Generator, config: Config) -> tuple[np.ndarray, np.ndarray]:
+    """Random windows and, as labels, the same one character later: two (batch, context) int32 arrays."""
+    starts = rng.integers(0, len(ids) - config.context, config.batch)
+    windows = ids[starts[:, None] + np.arange(config.context + 1)]
     return np.ascontiguousarray(windows[:, :-1]), np.ascontiguousarray(windows[:, 1:])
 
 
@@ -89,16 +100,17 @@ class GPT(nn.Module):
     norm: nn.LayerNorm
     head: nn.Linear
 
-    def __init__(self, vocabulary: int, *, rng: np.random.Generator) -> None:
-        self.embed = nn.Embedding(vocabulary, D_MODEL, rng=rng)
+    def __init__(self, vocabulary: int, config: Config, *, rng: np.random.Generator) -> None:
+        d = config.d_model
+        self.embed = nn.Embedding(vocabulary, d, rng=rng)
         self.blocks = tuple(
             nn.TransformerBlock(
-                D_MODEL, HEADS, activation="gelu_tanh", is_causal=True, use_rotary=True, rng=rng
+                d, config.heads, activation="gelu_tanh", is_causal=True, use_rotary=True, rng=rng
             )
-            for _ in range(LAYERS)
+            for _ in range(config.layers)
         )
-        self.norm = nn.LayerNorm(D_MODEL)
-        self.head = nn.Linear(D_MODEL, vocabulary, rng=rng)
+        self.norm = nn.LayerNorm(d)
+        self.head = nn.Linear(d, vocabulary, rng=rng)
 
     def __call__(self, ids: Any) -> Any:
         x = self.embed(ids)
@@ -112,9 +124,10 @@ def loss_fn(model: GPT, x: Any, y: Any) -> Any:
     return nn.cross_entropy(model(x), y)
 
 
-def make_train_step(steps: int) -> tuple[optim.Optimizer, Any]:
+def make_train_step(steps: int, peak_rate: float) -> tuple[optim.Optimizer, Any]:
     """The optimiser and the traced training step for a run of ``steps`` steps."""
-    rate = optim.warmup_cosine(PEAK_RATE, min(30, max(1, steps // 10)), steps + 1, final=PEAK_RATE / 20)
+    warmup = min(30, max(1, steps // 10))
+    rate = optim.warmup_cosine(peak_rate, warmup, steps + 1, final=peak_rate / 20)
     opt = optim.chain(optim.clip_by_global_norm(1.0), optim.adamw(rate, betas=(0.9, 0.98), weight_decay=0.01))
 
     @tj.trace
@@ -129,28 +142,34 @@ def make_train_step(steps: int) -> tuple[optim.Optimizer, Any]:
 evaluate_batch = tj.trace(loss_fn)
 
 
-def validation_loss(model: GPT, corpus: Corpus, device: str | None = None) -> float:
+def validation_loss(model: GPT, corpus: Corpus, config: Config, device: str | None = None) -> float:
     """Mean loss over the same windows of held-out text on every call."""
     rng = np.random.default_rng(1234)
-    batches = (sample_batch(corpus.validation, rng) for _ in range(VALIDATION_BATCHES))
+    batches = (sample_batch(corpus.validation, rng, config) for _ in range(VALIDATION_BATCHES))
     return float(np.mean([float(evaluate_batch(model, x, y, device=device)) for x, y in batches]))
 
 
 @tj.trace
 def next_logits(model, ids, position):
-    """Logits of the character after ``position``; ids (1, CONTEXT), so that every length uses one trace."""
+    """Logits of the character after ``position``; ids (1, context), so that every length uses one trace."""
     return np.take(model(ids)[0], position, axis=0)
 
 
 def generate(
-    model: GPT, corpus: Corpus, length: int, seed: int = 0, prompt: str = "\n", device: str | None = None
+    model: GPT,
+    corpus: Corpus,
+    config: Config,
+    length: int,
+    seed: int = 0,
+    prompt: str = "\n",
+    device: str | None = None,
 ) -> str:
     """``length`` characters drawn one after the other at temperature 0.8."""
     rng = np.random.default_rng(seed)
     ids = [corpus.alphabet.index(character) for character in prompt]
     for _ in range(length):
-        window = ids[-CONTEXT:]
-        padded = np.zeros((1, CONTEXT), np.int32)
+        window = ids[-config.context :]
+        padded = np.zeros((1, config.context), np.int32)
         padded[0, : len(window)] = window
         logits = np.asarray(next_logits(model, padded, np.int64(len(window) - 1), device=device), np.float64)
         ids.append(int(rng.choice(len(logits), p=nn.softmax(logits / 0.8))))
@@ -171,20 +190,22 @@ class Result:
 
 
 def train(
-    steps: int,
+    config: Config,
+    steps: int | None = None,
     seed: int = 0,
     device: str | None = None,
     watch: bool = False,
     corpus: Corpus | None = None,
     show_progress: bool = True,
 ) -> Result:
-    """Train for ``steps`` steps; the same seed gives the same losses."""
+    """Train for ``steps`` steps (default: those of the size); the same seed gives the same losses."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     corpus = corpus or load_corpus()
+    steps = config.steps if steps is None else steps
     rng = np.random.default_rng(seed)
-    model = GPT(len(corpus.alphabet), rng=rng)
-    opt, train_step = make_train_step(steps)
+    model = GPT(len(corpus.alphabet), config, rng=rng)
+    opt, train_step = make_train_step(steps, config.peak_rate)
     state = opt.init(model)
     losses: list[float] = []
     started = time.perf_counter()
@@ -199,12 +220,13 @@ def train(
     with Progress(*columns, disable=not show_progress) as progress:
         task = progress.add_task("train", total=steps, loss=float("nan"), rate=0.0)
         for step in range(steps):
-            x, y = sample_batch(corpus.train, rng)
+            x, y = sample_batch(corpus.train, rng, config)
             loss, model, state = train_step(model, state, x, y, device=device, watch=watch)
             losses.append(float(loss))
-            rate = (step + 1) * BATCH * CONTEXT / (time.perf_counter() - started)
+            rate = (step + 1) * x.size / (time.perf_counter() - started)
             progress.update(task, advance=1, loss=float(np.mean(losses[-20:])), rate=rate)
-    return Result(model, losses, validation_loss(model, corpus, device), time.perf_counter() - started)
+    seconds = time.perf_counter() - started
+    return Result(model, losses, validation_loss(model, corpus, config, device), seconds)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -213,28 +235,35 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--device", default=None, help="cpu, wgpu or numpy (default: the best there is)")
     parser.add_argument("--watch", action="store_true", help="show the graph while it trains")
-    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument(
+        "--size", choices=SIZES, help="of the model (default: small on the numpy device, base elsewhere)"
+    )
+    parser.add_argument("--steps", type=int, help="default: 300 for small, 500 for base")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
         "--out", type=Path, default=Path("transformer.safetensors"), help="where the weights go"
     )
     args = parser.parse_args(argv)
-    if args.steps < 1:
+    if args.steps is not None and args.steps < 1:
         parser.error("--steps must be at least 1")
     if not args.out.parent.is_dir():  # before the training, not after it
         parser.error(f"--out: the directory {args.out.parent} does not exist")
 
+    device = args.device or os.environ.get("TRACEJIT_DEVICE")
+    config = SIZES[args.size or ("small" if device == "numpy" else "base")]
     corpus = load_corpus()
-    result = train(args.steps, args.seed, args.device, args.watch, corpus)
-    print(f"{nn.parameter_count(result.model):,} parameters, {args.steps} steps in {result.seconds:.1f} s")
+    result = train(config, args.steps, args.seed, args.device, args.watch, corpus)
+    print(
+        f"{nn.parameter_count(result.model):,} parameters, {len(result.losses)} steps in {result.seconds:.1f} s"
+    )
     print(f"validation loss {result.validation:.4f} nats per character")
     print("\n--- sample " + "-" * 60)
-    print(generate(result.model, corpus, 300, args.seed, device=args.device))
+    print(generate(result.model, corpus, config, 300, args.seed, device=args.device))
     print("-" * 71 + "\n")
 
     tj.save(args.out, result.model)
-    fresh = GPT(len(corpus.alphabet), rng=np.random.default_rng(args.seed + 1))
-    reloaded = validation_loss(tj.load(args.out, like=fresh), corpus, args.device)
+    fresh = GPT(len(corpus.alphabet), config, rng=np.random.default_rng(args.seed + 1))
+    reloaded = validation_loss(tj.load(args.out, like=fresh), corpus, config, args.device)
     print(f"weights in {args.out}; validation loss after reloading {reloaded:.4f}")
     if reloaded != result.validation:
         print("the reloaded model differs from the trained one")

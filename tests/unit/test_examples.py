@@ -100,26 +100,28 @@ def test_transformer_run_saves_and_reloads(tmp_path: Path, capsys: pytest.Captur
 def test_reloaded_transformer_is_the_trained_one(tmp_path: Path) -> None:
     module = example("train_transformer")
     corpus = module.load_corpus()
-    result = module.train(3, seed=0, corpus=corpus, show_progress=False)
+    small = module.SIZES["small"]
+    result = module.train(small, 3, seed=0, corpus=corpus, show_progress=False)
     tj.save(tmp_path / "w", result.model)
-    fresh = module.GPT(len(corpus.alphabet), rng=np.random.default_rng(99))
-    assert module.validation_loss(fresh, corpus) != result.validation
+    fresh = module.GPT(len(corpus.alphabet), small, rng=np.random.default_rng(99))
+    assert module.validation_loss(fresh, corpus, small) != result.validation
     reloaded = tj.load(tmp_path / "w", like=fresh)
-    assert module.validation_loss(reloaded, corpus) == result.validation
+    assert module.validation_loss(reloaded, corpus, small) == result.validation
     for a, b in zip(optree.tree_leaves(result.model), optree.tree_leaves(reloaded), strict=True):
         np.testing.assert_array_equal(a, b)
 
 
 def test_transformer_learns_and_a_seed_fixes_the_loss_curve() -> None:
     module = example("train_transformer")
-    first = module.train(25, seed=0, show_progress=False)
+    small = module.SIZES["small"]
+    first = module.train(small, 25, seed=0, show_progress=False)
     assert first.losses[0] == pytest.approx(
         np.log(len(module.load_corpus().alphabet)), abs=0.4
     )  # a fresh model knows nothing: uniform
     assert first.validation < 3.1  # letter frequencies alone give 3.24
     assert len(first.losses) == 25
-    again, other = (module.train(4, seed=seed, show_progress=False).losses for seed in (0, 1))
-    assert again == module.train(4, seed=0, show_progress=False).losses
+    again, other = (module.train(small, 4, seed=seed, show_progress=False).losses for seed in (0, 1))
+    assert again == module.train(small, 4, seed=0, show_progress=False).losses
     assert again != other
 
 
@@ -134,8 +136,9 @@ def test_transformer_corpus_is_split_without_overlap() -> None:
 
 def test_transformer_labels_are_the_next_characters() -> None:
     module = example("train_transformer")
-    x, y = module.sample_batch(np.arange(1000, dtype=np.int32), np.random.default_rng(0))
-    assert x.shape == y.shape == (module.BATCH, module.CONTEXT)
+    config = module.SIZES["base"]
+    x, y = module.sample_batch(np.arange(1000, dtype=np.int32), np.random.default_rng(0), config)
+    assert x.shape == y.shape == (config.batch, config.context)
     np.testing.assert_array_equal(y, x + 1)
 
 
