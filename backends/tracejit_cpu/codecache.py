@@ -11,7 +11,6 @@ import functools
 import hashlib
 import json
 import os
-import shutil
 import stat
 import sys
 import tempfile
@@ -84,22 +83,33 @@ def _trusted(path: Path) -> bool:
 
 
 def _prepare() -> Path | None:
-    """The directory, created or wiped as needed; None when it cannot be had (then nothing is cached)."""
+    """The directory, made as needed; None when it cannot be trusted (then nothing is cached).
+
+    A directory of ours that others could have written to is closed and its entries are dropped. Anything else that stands
+    in the way (a link, a file, somebody else's directory) is left alone: it may be the user's.
+    """
     path = cache_dir()
     if path is None:
         return None
     try:
         if _trusted(path):
             return path
-        if path.is_symlink() or path.is_file():
-            path.unlink()
-        elif path.exists():
-            shutil.rmtree(path)
-        path.mkdir(parents=True, mode=0o700)
-        path.chmod(0o700)
-        return path if _trusted(path) else None
+        if path.is_symlink():
+            return None
+        path.mkdir(parents=True, mode=0o700, exist_ok=True)
+        path.chmod(0o700)  # fails on another user's directory
+        if not _trusted(path):
+            return None
+        for file in _entries(path):
+            file.unlink()
+        return path
     except OSError:
         return None
+
+
+def _entries(path: Path) -> list[Path]:
+    """Our files in the directory: entries, and temporary files of interrupted writes."""
+    return [f for f in path.iterdir() if f.suffix == ".tjo" or f.name.startswith("tmp")]
 
 
 def _entry(key: str) -> str:
@@ -162,7 +172,7 @@ def write(key: str, meta: Mapping[str, Any], code: bytes) -> None:
 
 def _trim(path: Path, extra: int) -> None:
     """Drop the oldest entries when the directory grows beyond its limit."""
-    files = [(f.stat().st_mtime, f.stat().st_size, f) for f in path.iterdir() if f.is_file()]
+    files = [(f.stat().st_mtime, f.stat().st_size, f) for f in _entries(path)]
     total = extra + sum(size for _, size, _ in files)
     for _, size, file in sorted(files, key=lambda t: t[0]):
         if total <= _LIMIT_BYTES:
@@ -187,11 +197,10 @@ def cache_clear() -> int:
     if path is None or not path.is_dir():
         return 0
     count = 0
-    for file in path.iterdir():
-        if file.suffix == ".tjo" or file.name.startswith("tmp"):
-            with contextlib.suppress(OSError):
-                file.unlink()
-                count += file.suffix == ".tjo"
+    for file in _entries(path):
+        with contextlib.suppress(OSError):
+            file.unlink()
+            count += file.suffix == ".tjo"
     return count
 
 
