@@ -97,7 +97,9 @@ def _prepare() -> Path | None:
         if path.is_symlink():
             return None
         path.mkdir(parents=True, mode=0o700, exist_ok=True)
-        path.chmod(0o700)  # fails on another user's directory
+        if hasattr(os, "getuid") and path.lstat().st_uid != os.getuid():
+            return None
+        path.chmod(0o700)
         if not _trusted(path):
             return None
         for file in _entries(path):
