@@ -1,12 +1,13 @@
 """Flash attention, forward and backward (Dao et al., FlashAttention-2, 2023), in WGSL.
 
 Square tiles of queries and keys in workgroup memory; the tile shrinks until the three operand tiles fit the device's
-limit (64 rows at 48 KB, 16 at WebGPU's default of 16 KB, for head size 64). Backward is three dispatches: the row sums of
-dout * out, then dK and dV per key block, then dQ per query block; every sum has a fixed order.
+limit (64 rows at 48 KB, 16 at WebGPU's default of 16 KB, for head size 64). Backward is two dispatches: the row sums of
+dout * out, then dK and dV per key block beside dQ per query block; every sum has a fixed order.
 """
 
 from __future__ import annotations
 
+import re
 from math import ceil, prod
 
 import numpy as np
@@ -28,12 +29,17 @@ def attention_dispatches(kernel: AttentionKernel, tables: Tables) -> list[Dispat
     """Compile an AttentionKernel."""
     if kernel.tq == 0 or prod(kernel.batch) == 0:
         return []
-    small = tile_size(kernel.d, kernel.dv_dim, tables.target.workgroup_memory) < 16 or kernel.tk == 0
+    target = tables.target
+    small = tile_size(kernel.d, kernel.dv_dim, target.workgroup_memory, target.subgroup) < 16 or kernel.tk == 0
     if not kernel.grad:
         return composite.forward(kernel, tables) if small else [_Attention(kernel, tables).forward()]
     delta, first = _delta(kernel, tables)
     if small:
         return [*first, *composite.backward(kernel, tables, delta)]
+    operands = (kernel.q, kernel.k, kernel.v, kernel.mask, kernel.dout, kernel.dq, kernel.dk, kernel.dv)
+    bound = {tables.alias.get(a.buffer, a.buffer) for a in operands if a is not None}
+    if len(bound) < target.buffers:  # and delta
+        return [*first, _Attention(kernel, tables).backward(delta)]
     return [
         *first,
         _Attention(kernel, tables).backward_keys(delta),
@@ -58,18 +64,23 @@ def _delta(k: AttentionKernel, tables: Tables) -> tuple[int, list[Dispatch]]:
     return delta, loop_dispatches([b.body()], tables, k.name + "_delta")
 
 
-def tile_size(d: int, dv: int, memory: int) -> int:
+def tile_size(d: int, dv: int, memory: int, subgroup: int = 0) -> int:
     """Rows of a tile: the largest power of two up to 64 whose three tiles fit ``memory`` bytes."""
     size = 64
-    while size > 4 and _memory(size, d, dv) > memory:
+    while size > 4 and _memory(size, d, dv, subgroup) > memory:
         size //= 2
     return size
 
 
-def _memory(size: int, d: int, dv: int) -> int:
+def _shuffles(size: int, subgroup: int) -> bool:
+    """True if the threads that share a row of a tile lie in one subgroup; else their results go through memory."""
+    return bool(subgroup) and size // 4 <= subgroup and subgroup % (size // 4) == 0
+
+
+def _memory(size: int, d: int, dv: int, subgroup: int) -> int:
     d4, e4, s4 = ceil(d / 4), ceil(dv / 4), size // 4
-    words = size * (max(d4, e4) + max(d4, e4, s4) + max(e4, s4)) * 4 + size * s4
-    return words * 4
+    words = size * (max(d4, e4) + max(d4, e4, s4) + max(e4, s4)) * 4
+    return (words if _shuffles(size, subgroup) else words + size * s4) * 4
 
 
 class _Attention:
@@ -80,7 +91,7 @@ class _Attention:
         self.shader = Shader(tables)
         d, dv = kernel.d, kernel.dv_dim
         limit = tables.target.workgroup_memory
-        self.bt = tile_size(d, dv, limit)
+        self.bt = tile_size(d, dv, limit, tables.target.subgroup)
         self.d4, self.e4 = ceil(d / 4), ceil(dv / 4)
         self.tx, self.ty = self.bt // 4, self.bt // 4
         self.threads = self.tx * self.ty
@@ -92,8 +103,7 @@ class _Attention:
             self.start[name] = total
             total += self.bt * width
         self.tiles = self.shader.memory("vec4<f32>", total)
-        group = tables.target.subgroup
-        self.shuffle = bool(group) and self.tx <= group and group % self.tx == 0
+        self.shuffle = _shuffles(self.bt, tables.target.subgroup)
         if not self.shuffle:
             self.shader.memory("f32", self.bt * self.tx)
         self.cd, self.ce = ceil(self.d4 / self.tx), ceil(self.e4 / self.tx)
@@ -144,11 +154,19 @@ class _Attention:
                 parts.append(line if width % 4 == 0 else f"if (c * 4u + {j}u < {width}u) {{ {line} }}")
             value = " ".join(parts)
         assert dtype.kind == "f"
-        inside = f"if (t0 + r < {count}u) {{ {value} }}" if count % self.bt else value
-        return (
-            f" {{ let t0 = {first}; for (var e = li; e < {total}u; e += {self.threads}u) {{ let r = e / {w4}u; let c = e % {w4}u;"
-            f" var v = vec4<f32>(); {inside} {self.at(tile, 'r', 'c', w4)} = v{scale}; }} }}\n"
-        )
+        # All loads first, then the stores: as many reads in flight as the tile has pieces per thread.
+        reads, writes = "", ""
+        for n in range(ceil(total / self.threads)):
+            start = f"li + {n * self.threads}u" if n else "li"
+            guard = [f"li + {n * self.threads}u < {total}u"] if (n + 1) * self.threads > total else []
+            if count % self.bt:
+                guard.append(f"t0 + r{n} < {count}u")
+            body = re.sub(r"\b([rcv])\b", rf"\g<1>{n}", value)
+            body = f"if ({' && '.join(guard)}) {{ {body} }}" if guard else body
+            reads += f"  let r{n} = ({start}) / {w4}u; let c{n} = ({start}) % {w4}u; var v{n} = vec4<f32>(); {body}\n"
+            put = f"{self.at(tile, f'r{n}', f'c{n}', w4)} = v{n}{scale};"
+            writes += f"  if ({guard[0]}) {{ {put} }}\n" if (n + 1) * self.threads > total else f"  {put}\n"
+        return f" {{ let t0 = {first};\n{reads}{writes} }}\n"
 
     def at(self, tile: str, row: str, column: str, w4: int) -> str:
         """Place of vector ``column`` of a row in a tile."""
@@ -238,8 +256,15 @@ class _Attention:
         return out
 
     def mask(self, name: str, q0: str, k0: str, batch: list[str], rows_too: bool) -> str:
-        """Apply bounds, causality and the mask operand to a score tile (in units of log2)."""
+        """Apply bounds, causality and the mask operand to a score tile (in units of log2), where the tile needs it."""
         k, sh, out = self.k, self.shader, ""
+        edges = []
+        if k.causal:
+            edges.append(f"{k0} + {self.bt - 1}u > {q0}")
+        if k.tk % self.bt:
+            edges.append(f"{k0} + {self.bt}u > {k.tk}u")
+        if rows_too and k.tq % self.bt:
+            edges.append(f"{q0} + {self.bt}u > {k.tq}u")
         for i in range(4):
             for j in range(4):
                 keep: list[str] = []
@@ -263,7 +288,7 @@ class _Attention:
                     lines += f"{target} = select({_MASKED}, {target}, {' && '.join(keep)});"
                 if keep or k.mask is not None:
                     out += f" {{ {lines} }}\n"
-        return out
+        return f" if ({' || '.join(edges)}) {{\n{out} }}\n" if out and k.mask is None else out
 
     def write(
         self,
@@ -389,15 +414,32 @@ class _Attention:
         if k.mask is not None:
             self.shader.bind(k.mask.buffer, vector=False, write=False)
 
+    def backward(self, delta: int) -> Dispatch:
+        """dk, dv and dq in one dispatch, half of the workgroups each: the two halves run side by side."""
+        self._bind_backward(delta)
+        self._bind_keys()
+        self.bind(self.k.dq, self.k.d, True)
+        text, batch = self.batch()
+        keys, queries = self._keys(delta, batch), self._queries(delta, batch)
+        text += f" if (block < {self.nk}u) {{\n{keys} }} else {{\n let block_q = block - {self.nk}u;\n"
+        text += queries.replace("u - block;", "u - block_q;", 1) + " }\n"
+        return self.finish(text, self.nk + self.nq, "")
+
+    def _bind_keys(self) -> None:
+        self.bind(self.k.dk, self.k.d, True)
+        self.bind(self.k.dv, self.k.dv_dim, True)
+
     def backward_keys(self, delta: int) -> Dispatch:
         """dk and dv of a block of keys."""
+        self._bind_backward(delta)
+        self._bind_keys()
+        text, batch = self.batch()
+        return self.finish(text + self._keys(delta, batch), self.nk, "_dkdv")
+
+    def _keys(self, delta: int, batch: list[str]) -> str:
         k, bt = self.k, self.bt
         assert k.q and k.k and k.v and k.dout and k.dk and k.dv
-        self._bind_backward(delta)
-        self.bind(k.dk, k.d, True)
-        self.bind(k.dv, k.dv_dim, True)
-        text, batch = self.batch()
-        text += f" let jb = block; let k0 = jb * {bt}u;\n"
+        text = f" let jb = block; let k0 = jb * {bt}u;\n"
         for name, access in (
             ("qa", k.q),
             ("ka", k.k),
@@ -433,16 +475,19 @@ class _Attention:
         text += f" for (var qb = {start}; qb < {self.nq}u; qb++) {{ let q0 = qb * {bt}u;\n{loop} }}\n"
         text += self.write(k.dk, "dka", "k0", k.tk, k.d, self.d4, "k", self.cd, f" * {_LN2}f")
         text += self.write(k.dv, "dva", "k0", k.tk, k.dv_dim, self.e4, "w", self.ce, "")
-        return self.finish(text, self.nk, "_dkdv")
+        return text
 
     def backward_queries(self, delta: int) -> Dispatch:
         """dq of a block of queries."""
+        self._bind_backward(delta)
+        self.bind(self.k.dq, self.k.d, True)
+        text, batch = self.batch()
+        return self.finish(text + self._queries(delta, batch), self.nq, "_dq")
+
+    def _queries(self, delta: int, batch: list[str]) -> str:
         k, bt = self.k, self.bt
         assert k.q and k.k and k.v and k.dout and k.dq
-        self._bind_backward(delta)
-        self.bind(k.dq, k.d, True)
-        text, batch = self.batch()
-        text += f" let qb = {self.nq - 1}u - block; let q0 = qb * {bt}u;\n"
+        text = f" let qb = {self.nq - 1}u - block; let q0 = qb * {bt}u;\n"
         for name, access in (("qa", k.q), ("ka", k.k), ("va", k.v), ("ga", k.dout), ("dqa", k.dq)):
             text += f" let {name} = {self.base(access, batch)};\n"
         text += self._rows(delta, batch) + self.accumulators("k", self.cd)
@@ -463,4 +508,4 @@ class _Attention:
         if self.nk:
             text += f" for (var kb = 0u; kb <= {last}; kb++) {{ let k0 = kb * {bt}u;\n{loop} }}\n"
         text += self.write(k.dq, "dqa", "q0", k.tq, k.d, self.d4, "k", self.cd, f" * {k.scale!r}f")
-        return self.finish(text, self.nq, "_dq")
+        return text

@@ -6,9 +6,11 @@ these very buffers, one encode and submit. Temporaries belong to the executable 
 
 from __future__ import annotations
 
+import sys
 import time
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
+from sys import getrefcount
 from typing import Any
 
 import numpy as np
@@ -26,6 +28,11 @@ from tracejit_wgpu.storage import WgpuStorage
 from tracejit_wgpu.transfer import pack_scalar, to_storage
 
 _RECORDINGS = 16
+_MANY_RESULTS = 24  # from so many results on, a program keeps their handles (see ``_result_handles``)
+_RESULT_SETS = 3
+#: Reference counts are exact on CPython with the GIL only. A handle in one list, seen through map(): three references.
+_COUNTED = sys.implementation.name == "cpython" and getattr(sys, "_is_gil_enabled", lambda: True)()
+_UNSHARED = max(map(getrefcount, [object() for _ in range(2)]))
 _SELECTING = frozenset({"take", "take_along_axis", "scatter_add", "scatter_add_along_axis"})
 _ACCUMULATING = frozenset({"sum", "prod", "cumsum", "cumprod", "dot_general", "pow", "mul", "left_shift"})
 
@@ -120,6 +127,17 @@ class Executable:
         self._slots: list[Handle] = []
         self._fresh = [b for b in program.buffers if b.kind == "output"]
         self._fresh_bytes = {b.id: storage_bytes(plan.tables, b.id) for b in self._fresh}
+        self._requests = [(rt.pool.size_for(n), n) for n in self._fresh_bytes.values()]
+        self._fresh_ids = tuple(self._fresh_bytes)
+        self._keep_results = _COUNTED and len(self._fresh_ids) >= _MANY_RESULTS
+        self._result_sets: list[list[Handle]] = []
+        self._plain_outputs = [
+            (shape, self._buffers[number].dtype, self._buffers[number].size) for number, shape in self._outputs
+        ]
+        if [number for number, _ in self._outputs] != list(self._fresh_ids):
+            self._plain_outputs = []
+        self._input_slots = [(b.id, self._scalars.get(b.id, -1)) for b in self._inputs]
+        self._quiet_ids = frozenset(self._inputs[p].id for p in self._quiet)
         self._segments = self._segment(plan.steps)
         self._runtime, self._plan = rt, plan
         rt.pool.caches.add(self)
@@ -142,6 +160,7 @@ class Executable:
 
     def give_up(self) -> None:
         """Memory pressure: temporaries can be made again."""
+        self._result_sets.clear()
         self._slots = []
         self._recordings.clear()
         for cache in self._groups:
@@ -215,27 +234,32 @@ class Executable:
         held: dict[int, Handle] = {}
         packed: list[bytes] = [b"\0\0\0\0"] * len(self._scalars)
         values: dict[int, Any] = {}
-        for position, (buffer, value) in enumerate(zip(self._inputs, inputs)):
-            slot = self._scalars.get(buffer.id)
-            if slot is not None:
-                packed[slot] = pack_scalar(value, buffer.dtype)
+        for (number, slot), value in zip(self._input_slots, inputs):
+            if slot >= 0:
+                packed[slot] = pack_scalar(value, self._buffers[number].dtype)
                 continue
-            storage = value.storage if type(value) is Array else None
-            if type(storage) is WgpuStorage and storage.runtime is rt:
-                held[buffer.id] = storage.handle
-                values[buffer.id] = value
-            else:
-                held[buffer.id] = self._upload(rt, value, buffer.dtype, position not in self._quiet)
+            if type(value) is Array:
+                storage = value.storage
+                if type(storage) is WgpuStorage and storage.runtime is rt:
+                    held[number] = storage.handle
+                    values[number] = value
+                    continue
+            held[number] = self._upload(rt, value, number)
         if self._uniform is not None:
             data = b"".join(packed)
             data += b"\0" * (-len(data) % 16)
             if data != self._uniform_bytes:
                 rt.write_uniform(self._uniform, data)
                 self._uniform_bytes = data
-        for buffer in self._fresh:
-            held[buffer.id] = rt.pool.acquire(self._fresh_bytes[buffer.id])
+        fresh = self._result_handles(rt)
+        held.update(zip(self._fresh_ids, fresh))
         if not self._slots and self._plan is not None and self._plan.slot_sizes:
             self._slots = [rt.pool.acquire(n) for n in self._plan.slot_sizes]
+        if self._plain_outputs:  # the common case: every result lies in a buffer of its own
+            return held, [
+                Array(shape, dtype, WgpuStorage(rt, handle, size, dtype))
+                for (shape, dtype, size), handle in zip(self._plain_outputs, fresh)
+            ]
         outputs = []
         for number, shape in self._outputs:
             known = values.get(number)
@@ -247,7 +271,25 @@ class Executable:
             outputs.append(known)
         return held, outputs
 
-    def _upload(self, rt: runtime.Runtime, value: Any, dtype: np.dtype, warn: bool) -> Handle:
+    def _result_handles(self, rt: runtime.Runtime) -> list[Handle]:
+        """Buffers for the results of this call.
+
+        A step with hundreds of results would spend most of its host time on giving buffers back and taking them again:
+        it keeps the handles of its last calls, and takes a set up again once nobody else refers to any of it.
+        """
+        if not self._keep_results:
+            return rt.pool.acquire_all(self._requests)
+        for old in self._result_sets:
+            if max(map(getrefcount, old)) <= _UNSHARED:
+                return list(old)
+        fresh = rt.pool.acquire_all(self._requests)
+        self._result_sets.append(list(fresh))
+        if len(self._result_sets) > _RESULT_SETS:
+            del self._result_sets[0]
+        return fresh
+
+    def _upload(self, rt: runtime.Runtime, value: Any, number: int) -> Handle:
+        dtype, warn = self._buffers[number].dtype, number not in self._quiet_ids
         if isinstance(value, Array):
             value = np.asarray(value)  # lives on another device
         weak = isinstance(value, bool | int | float)

@@ -14,7 +14,7 @@ import os
 import threading
 import weakref
 from collections import OrderedDict, deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from tracejit.errors import DeviceError, DeviceOutOfMemoryError
@@ -39,9 +39,6 @@ class DeviceBuffer:
     def __init__(self, uid: int, gpu: Any, size: int) -> None:
         self.uid, self.gpu, self.size = uid, gpu, size
 
-    def __lt__(self, other: DeviceBuffer) -> bool:
-        return self.uid < other.uid
-
 
 class Handle:
     """Shared ownership of a buffer: give the buffer back when nobody holds the handle."""
@@ -61,7 +58,8 @@ class Pool:
     def __init__(self, create: Callable[[int], Any], limit: int, binding: int) -> None:
         self._create = create
         self._limit = min(limit, binding)
-        self._free: OrderedDict[int, list[DeviceBuffer]] = OrderedDict()
+        #: Heaps of (number, buffer): plain tuples compare in C, and a training step pops hundreds per call.
+        self._free: OrderedDict[int, list[tuple[int, DeviceBuffer]]] = OrderedDict()
         self._next = 0
         self._all: dict[int, DeviceBuffer] = {}
         self._lock = threading.RLock()
@@ -80,13 +78,17 @@ class Pool:
             return self.total - self.idle
 
     def _collect(self) -> None:
-        while self.returned:
-            buffer = self.returned.popleft()
-            heapq.heappush(self._free.setdefault(buffer.size, []), buffer)
-            self._free.move_to_end(buffer.size)
-            self.idle += buffer.size
-        while self.idle > POOL_BYTES and self._free:
-            self._drop(next(iter(self._free)))
+        returned, free, push = self.returned, self._free, heapq.heappush
+        while returned:
+            buffer = returned.popleft()
+            size = buffer.size
+            heap = free.get(size)
+            if heap is None:
+                heap = free[size] = []
+            push(heap, (buffer.uid, buffer))
+            self.idle += size
+        while self.idle > POOL_BYTES and free:
+            self._drop(next(iter(free)))
 
     def _drop(self, size: int) -> None:
         for buffer in self._free.pop(size):
@@ -111,26 +113,39 @@ class Pool:
                 hint="split the array, or use device='cpu'",
             )
 
+    def size_for(self, nbytes: int) -> int:
+        """The size of the buffer that serves a request; DeviceOutOfMemoryError if none can."""
+        self.check(nbytes)
+        return min(size_class(max(nbytes, 4)), self._limit // 4 * 4) if nbytes else 256
+
     def acquire(self, nbytes: int) -> Handle:
         """A handle on a buffer of at least ``nbytes``. Contents are undefined."""
-        self.check(nbytes)
-        size = min(size_class(max(nbytes, 4)), self._limit // 4 * 4) if nbytes else 256
+        return self.acquire_all(((self.size_for(nbytes), nbytes),))[0]
+
+    def acquire_all(self, requests: Sequence[tuple[int, int]]) -> list[Handle]:
+        """Handles for many (:meth:`size_for`, bytes) at once: what a call with hundreds of results uses."""
+        out: list[Handle] = []
         with self._lock:
             self._collect()
-            free = self._free.get(size)
-            if free:
-                buffer = heapq.heappop(free)
-                if not free:
-                    del self._free[size]
+            free, pop = self._free, heapq.heappop
+            for size, nbytes in requests:
+                heap = free.get(size)
+                if heap:
+                    out.append(Handle(self, pop(heap)[1], nbytes))
+                    self.idle -= size
+                    if not heap:
+                        del free[size]
                 else:
-                    self._free.move_to_end(size)
-                self.idle -= size
-                return Handle(self, buffer, nbytes)
-            gpu = self._make(size)
-            self._next += 1
-            self.total += size
-            made = self._all[self._next] = DeviceBuffer(self._next, gpu, size)
-            return Handle(self, made, nbytes)
+                    gpu = self._make(size)
+                    self._next += 1
+                    self.total += size
+                    made = self._all[self._next] = DeviceBuffer(self._next, gpu, size)
+                    out.append(Handle(self, made, nbytes))
+            # Sizes in use are the last to be given up.
+            for size in dict.fromkeys(size for size, _ in requests):
+                if size in free:
+                    free.move_to_end(size)
+        return out
 
     def _make(self, size: int) -> Any:
         try:

@@ -24,6 +24,9 @@ _T = TypeVar("_T")
 #: Calls that may be queued before one waits for the oldest.
 IN_FLIGHT = int(os.environ.get("TRACEJIT_WGPU_IN_FLIGHT", 16))
 
+#: PCI vendor ids whose hardware has a single subgroup size: NVIDIA, Apple.
+_ONE_SUBGROUP_SIZE = frozenset({0x10DE, 0x106B})
+
 _PROBE = """
 @group(0) @binding(0) var<storage, read_write> o: array<u32>;
 @compute @workgroup_size(256) fn main(@builtin(local_invocation_index) i: u32, @builtin(subgroup_size) s: u32,
@@ -129,8 +132,9 @@ class Runtime:
             int(info.get("subgroup_min_size", low) or 0),
             int(info.get("subgroup_max_size", high) or 0),
         )
-        software = "llvmpipe" in self.adapter.name
-        if low != high and not software:
+        # Most drivers report a range of sizes even where the hardware knows one only; Intel's and AMD's compilers choose.
+        one_size = "llvmpipe" in self.adapter.name or int(info.get("vendor_id", 0) or 0) in _ONE_SUBGROUP_SIZE
+        if low != high and not one_size:
             return 0
         handle = self.pool.acquire(1024)
         try:
