@@ -14,6 +14,16 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.lib.mixins import NDArrayOperatorsMixin
 
+from tracejit.errors import DeviceLostError
+
+#: ndarray methods that change the array: on the host copy behind ``__getattr__`` they would be lost without a word.
+_CHANGING = frozenset(
+    {"byteswap", "fill", "itemset", "partition", "put", "resize", "setfield", "setflags", "sort"}
+)
+_IMMUTABLE = (
+    "a tj.Array cannot be changed; make a NumPy copy with np.array(x), or build a new array with tj.where"
+)
+
 
 class Storage(Protocol):
     """What a backend keeps for one array."""
@@ -80,7 +90,10 @@ class Array(NDArrayOperatorsMixin):
 
     def __repr__(self) -> str:
         prefix = "Array("
-        body = np.array2string(self.numpy(), separator=", ", prefix=prefix, threshold=200)
+        try:
+            body = np.array2string(self.numpy(), separator=", ", prefix=prefix, threshold=200)
+        except DeviceLostError:  # a debugger or an error message must be able to show it
+            body = f"<lost with its device>, shape={self.shape}"
         return f"{prefix}{body}, dtype={self.dtype}, device={self.device!r})"
 
     def __str__(self) -> str:
@@ -134,9 +147,7 @@ class Array(NDArrayOperatorsMixin):
         return self.numpy()[key]
 
     def __setitem__(self, key: Any, value: Any) -> None:
-        raise TypeError(
-            "a tj.Array cannot be changed; make a NumPy copy with np.array(x), or build a new array with tj.where"
-        )
+        raise TypeError(_IMMUTABLE)
 
     def __iter__(self) -> Iterator[Any]:
         if not self.shape:
@@ -149,17 +160,20 @@ class Array(NDArrayOperatorsMixin):
     def __getattr__(self, name: str) -> Any:
         if name.startswith("_") or not hasattr(np.ndarray, name):
             raise AttributeError(f"'Array' object has no attribute {name!r}")
+        if name in _CHANGING:
+            raise AttributeError(f"no {name}: {_IMMUTABLE}")
         return getattr(self.numpy(), name)
 
     # -- moving --------------------------------------------------------------------------------------------------------
     def to(self, device: str) -> Any:
-        """The same values on another device: a ``tj.Array`` there, or a NumPy array for devices in host memory."""
+        """The same values on another device: a ``tj.Array`` there (itself if it is there already), or a NumPy array for
+        devices in host memory."""
         from tracejit.backend import resolve
 
         target = resolve(device)
         if target.backend.on_host:
             return self.numpy()
-        return target.backend.to_device(self.numpy(), target.spec)
+        return target.backend.to_device(self, target.spec)
 
     def __dlpack__(self, **kwargs: Any) -> Any:
         return self.numpy().__dlpack__(**kwargs)
@@ -177,6 +191,21 @@ class Array(NDArrayOperatorsMixin):
         return (np.asarray, (self.numpy(),))
 
     # -- computing -----------------------------------------------------------------------------------------------------
+    # ``x += y`` makes a new array and binds the name to it, as for every immutable type.
+    __iadd__ = NDArrayOperatorsMixin.__add__  # type: ignore[assignment]  # the mixin promises to work in place
+    __isub__ = NDArrayOperatorsMixin.__sub__  # type: ignore[assignment]
+    __imul__ = NDArrayOperatorsMixin.__mul__  # type: ignore[assignment]
+    __imatmul__ = NDArrayOperatorsMixin.__matmul__  # type: ignore[assignment]
+    __itruediv__ = NDArrayOperatorsMixin.__truediv__  # type: ignore[assignment]
+    __ifloordiv__ = NDArrayOperatorsMixin.__floordiv__  # type: ignore[assignment]
+    __imod__ = NDArrayOperatorsMixin.__mod__  # type: ignore[assignment]
+    __ipow__ = NDArrayOperatorsMixin.__pow__  # type: ignore[assignment]
+    __ilshift__ = NDArrayOperatorsMixin.__lshift__  # type: ignore[assignment]
+    __irshift__ = NDArrayOperatorsMixin.__rshift__  # type: ignore[assignment]
+    __iand__ = NDArrayOperatorsMixin.__and__  # type: ignore[assignment]
+    __ixor__ = NDArrayOperatorsMixin.__xor__  # type: ignore[assignment]
+    __ior__ = NDArrayOperatorsMixin.__or__  # type: ignore[assignment]
+
     def __array_ufunc__(self, ufunc: np.ufunc, method: str, *inputs: Any, **kwargs: Any) -> Any:
         if any(_is_tensor(x) for x in inputs):
             return NotImplemented  # the tensor's own rule records it
@@ -204,7 +233,9 @@ def _on_device(ufunc: np.ufunc, inputs: tuple[Any, ...]) -> Any:
 
     traced = _eager.get(ufunc)
     if traced is None:
-        traced = _eager[ufunc] = TracedFunction(_caller(ufunc), name=ufunc.__name__)
+        traced = TracedFunction(_caller(ufunc), name=ufunc.__name__, cache_size=512)
+        traced._warned = True  # every new shape is a new program here: that is no storm the user could avoid
+        _eager[ufunc] = traced
     device = next(x.device for x in inputs if isinstance(x, Array))
     try:
         return traced(*inputs, device=device)

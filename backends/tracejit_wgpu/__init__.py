@@ -79,13 +79,16 @@ class WgpuBackend:
         return out
 
     def to_device(self, array: np.ndarray, spec: str) -> Any:
-        """A ``tj.Array`` on the device with a copy of ``array``."""
+        """A ``tj.Array`` on the device with a copy of ``array``; ``array`` itself if it is one."""
         from tracejit.array import Array
         from tracejit_wgpu import runtime
         from tracejit_wgpu.storage import WgpuStorage
         from tracejit_wgpu.transfer import to_storage
 
         rt = runtime.get(spec)
+        storage = array.storage if isinstance(array, Array) else None
+        if isinstance(storage, WgpuStorage) and storage.runtime is rt:
+            return array
         array = np.asarray(array)
         handle = rt.upload(to_storage(array, array.dtype, rt.target.f16))
         return Array(array.shape, array.dtype, WgpuStorage(rt, handle, array.size, array.dtype))

@@ -105,7 +105,8 @@ class Runtime:
         text, kind = str(error), type(error).__name__
         low = text.lower()
         if "lost" in low or "device is destroyed" in low or "parent device" in low:
-            self.kill(f"{self.adapter.name} was lost: {text.splitlines()[0] if text else kind}")
+            reason = text.strip().splitlines()[-1].strip() if text.strip() else kind
+            self.kill(f"the device {self.name} ({self.adapter.name}) was lost: {reason}")
             return lost(self.dead or "")
         if "OutOfMemory" in kind or "out of memory" in low or "not enough memory" in low:
             return DeviceOutOfMemoryError.make(f"{self.adapter.name} is out of memory", op="wgpu")
