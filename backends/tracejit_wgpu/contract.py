@@ -7,7 +7,7 @@ tiles go to the loop generator as multiply-and-reduce bodies.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from math import prod
 
@@ -190,13 +190,21 @@ class _Loader:
     along_k: bool
     vector: bool
     tile: int  # BM or BN
+    kind: str  # element type of the accumulator
+
+    @property
+    def zero(self) -> str:
+        """The vector type."""
+        return f"vec4<{self.kind}>"
 
 
-def _loader(name: str, p: Problem, access: Access, rows: str, tile: int, vector: bool) -> _Loader:
+def _loader(
+    name: str, p: Problem, access: Access, rows: str, tile: int, vector: bool, kind: str
+) -> _Loader:
     sizes = p.m if rows == "m" else p.n
     row_strides, k_strides = p.part(access, rows), p.part(access, "k")
     along_k = not (row_strides and row_strides[-1] == 1) and bool(k_strides) and k_strides[-1] == 1
-    return _Loader(name, prod(sizes), sizes, row_strides, k_strides, along_k, vector, tile)
+    return _Loader(name, prod(sizes), sizes, row_strides, k_strides, along_k, vector, tile, kind)
 
 
 def _vector_ok(p: Problem, access: Access, rows: str) -> bool:
@@ -235,8 +243,8 @@ def _tiled(problems: Sequence[Problem], tables: Tables, label: str) -> list[Disp
             shader.bind_body(q.epilogue, naxis if wide else None)
     if partial is not None:
         shader.bind(partial, vector=n % 4 == 0, write=True)
-    la = _loader("a", p, p.a, "m", tile.bm, all(_bound_vector(shader, q.a) for q in problems))
-    lb = _loader("b", p, p.b, "n", tile.bn, all(_bound_vector(shader, q.b) for q in problems))
+    la = _loader("a", p, p.a, "m", tile.bm, all(_bound_vector(shader, q.a) for q in problems), kind)
+    lb = _loader("b", p, p.b, "n", tile.bn, all(_bound_vector(shader, q.b) for q in problems), kind)
     text, groups = _kernel(shader, problems, tile, la, lb, kind, partial, wide)
     grid, number = grid_of(groups, tables.target.workgroups)
     guard = f" if (wg >= {groups}u) {{ return; }}\n" if grid[0] * grid[1] != groups else ""
@@ -334,11 +342,19 @@ def _kernel(
         out.append(" let bi = bz;\n")
     batch_index = decompose(shader, "bi", p.batch, out)
     tail = k % bk != 0 or (tile.split > 1 and k % span != 0)
-    loads, stores = [], []
+    loads, stores, steps = [], [], ""
     for x, access in ((la, p.a), (lb, p.b)):
-        batch = wgsl.u32_offset(zip(p.part(access, "batch"), batch_index), 0)
-        out.append(f" let batch_{x.name} = {batch};\n")
-        code, load, store = _stage(shader, x, p, tile, zero, tail, base[x.name], memory[x.name], threads)
+        if not tail and _walks(x, tile, threads):
+            step, code, load, store = _walk(
+                shader, x, p.part(access, "batch"), batch_index, tile, base[x.name], memory[x.name], threads
+            )
+            steps += step
+        else:
+            batch = wgsl.u32_offset(zip(p.part(access, "batch"), batch_index), 0)
+            out.append(f" let batch_{x.name} = {batch};\n")
+            code, load, store = _stage(
+                shader, x, p, tile, zero, tail, base[x.name], memory[x.name], threads
+            )
         out.append(code)
         loads.append(load)
         stores.append(store)
@@ -358,9 +374,8 @@ def _kernel(
     put = "".join(stores)
     compute = _compute(tile, la, lb, base, memory, tx_count, ty_count, kind)
     out.append(" var kp = k0;\n" + load_all(" "))
-    out.append(
-        f" for (kp = k0 + {bk}u; kp < kend; kp += {bk}u) {{\n{put}  workgroupBarrier();\n{load_all('  ')}{compute}  workgroupBarrier();\n }}\n"
-    )
+    body = f"{put}  workgroupBarrier();\n{steps}{load_all('  ')}{compute}  workgroupBarrier();\n"
+    out.append(f" for (kp = k0 + {bk}u; kp < kend; kp += {bk}u) {{\n{body} }}\n")
     out.append(f" {{\n{put}  workgroupBarrier();\n{compute} }}\n")
     if partial is not None:
         out.append(_store_partial(shader, p, tile, partial, len(problems), tx_count, ty_count, m, n, nb))
@@ -375,6 +390,65 @@ def _kernel(
             )
         out.append(" }\n")
     return "".join(out), mt * nt * tile.split * nb * len(problems)
+
+
+def _walks(x: _Loader, tile: Tile, threads: int) -> bool:
+    """True if a thread's pieces of a tile lie at constant distances, so that one address per operand walks along k."""
+    across = tile.bk // 4 if x.along_k else x.tile // 4
+    return (
+        x.vector and len(x.k_strides) == 1 and len(x.rows) == 1 and x.extent % x.tile == 0
+        and threads % across == 0 and (x.tile * tile.bk // 4) % threads == 0
+    )  # fmt: skip
+
+
+def _walk(
+    shader: Shader, x: _Loader, batch_strides: Sequence[int], batch: Sequence[str], tile: Tile, base: int, memory: str, threads: int
+) -> tuple[str, str, Callable[[Shader, Access], str], str]:  # fmt: skip
+    """Step, set-up, loads and stores of an operand that ``_walks``: one vec4 address plus constants.
+
+    The driver cannot find this by itself behind unsigned arithmetic; it saves the registers that decide how many
+    workgroups share a multiprocessor.
+    """
+    bk4, bd4, name = tile.bk // 4, x.tile // 4, x.name
+    count = x.tile * bk4 // threads
+    row, along = x.row_strides[0], x.k_strides[0]
+    origin = "m0" if name == "a" else "n0"
+    start = wgsl.u32_offset([(s // 4, i) for s, i in zip(batch_strides, batch)], 0)
+    if x.along_k:
+        rows = threads // bk4
+        place = f"({origin} + li / {bk4}u) * {row // 4}u + k0 / 4u + li % {bk4}u"
+        distance, step = rows * row // 4, bk4
+    else:
+        place = f"(k0 + li / {bd4}u) * {along // 4}u + {origin} / 4u + li % {bd4}u"
+        distance, step = threads // bd4 * along // 4, tile.bk * along // 4
+    setup = f" var g_{name} = {place} + {start};\n"
+    setup += "".join(f" var v_{name}{r}: {x.zero} = {x.zero}();\n" for r in range(count))
+    stores = ""
+    if x.along_k:
+        swizzle = f"((li % {bk4}u * {32 // tile.bk}u) & {bd4 - 1}u)"
+        setup += f" let q_{name} = (li / {bk4}u) & 3u;\n"
+        straight = rows % 32 == 0  # the swizzle then leaves the distance between pieces alone
+        for r in range(count):
+            if r == 0 or not straight:
+                where = f"((li / {bk4}u + {r * rows}u) >> 2u)" if r else f"(li / {4 * bk4}u)"
+                setup += f" let s_{name}{r} = li % {bk4}u * {4 * bd4}u + ({where} ^ {swizzle});\n"
+            lane = f"q_{name}" if rows % 4 == 0 else f"((li / {bk4}u + {r * rows}u) & 3u)"
+            slot, shift = (f"s_{name}0", r * rows // 4) if straight else (f"s_{name}{r}", 0)
+            for q in range(4):
+                stores += f"  {memory}[{slot} + {base + q * bd4 + shift}u][{lane}] = v_{name}{r}.{XYZW[q]};\n"
+    else:
+        stores = "".join(f"  {memory}[li + {base + r * threads}u] = v_{name}{r};\n" for r in range(count))
+
+    def load(sh: Shader, access: Access) -> str:
+        dtype, array = sh.tables.dtype(access.buffer), sh.binding(access.buffer).name
+        lines = ""
+        for r in range(count):
+            offset = access.offset // 4 + r * distance
+            raw = f"{array}[g_{name} + {offset}u]" if offset else f"{array}[g_{name}]"
+            lines += f"  v_{name}{r} = {vec_convert(sh, raw, dtype, x.kind)};\n"
+        return lines
+
+    return f"  g_{name} += {step}u;\n", setup, load, stores
 
 
 def _stage(
@@ -516,10 +590,14 @@ def _compute(
     step = 32 // tile.bk
 
     def read(x: _Loader, k: int, group: int, thread: str, count: int) -> str:
-        place = f"({thread} + {group * count}u)" if group else thread
+        start, place = base[x.name] + k * x.tile // 4, thread
         swizzle = ((k // 4) * step) & (x.tile // 4 - 1) if x.along_k else 0
-        place = f"({place} ^ {swizzle}u)" if swizzle else place
-        return f"{memory[x.name]}[{base[x.name] + k * x.tile // 4}u + {place}]"
+        if group and swizzle >= count:
+            place = f"(({thread} + {group * count}u) ^ {swizzle}u)"
+        else:  # thread numbers below a power of two above the swizzle: the group's distance stays a constant
+            start += group * count
+            place = f"({thread} ^ {swizzle}u)" if swizzle else thread
+        return f"{memory[x.name]}[{start}u + {place}]"
 
     for k in range(tile.bk):
         out.extend(f"  let a{k}_{g} = {read(la, k, g, 'ty', ty)};\n" for g in range(tile.tm // 4))
