@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import os
+import platform
 import sys
 import threading
 from dataclasses import dataclass
@@ -35,6 +36,7 @@ FEATURES = (
     "pipeline-cache",
 )
 _RANK = {"DiscreteGPU": 0, "IntegratedGPU": 1, "VirtualGPU": 2, "Unknown": 3, "CPU": 4}
+#: OpenGL is left out: it shows the same device again, and Mesa's shaders divide integers through floats there.
 _BACKENDS = ("Vulkan", "Metal", "D3D12")
 
 _lock = threading.Lock()
@@ -64,9 +66,7 @@ class Adapter:
 def quiet() -> None:
     """Give drivers the directory that they complain about on stderr when it is missing."""
     if sys.platform.startswith("linux") and not os.path.isdir(os.environ.get("XDG_RUNTIME_DIR", "")):
-        os.environ["XDG_RUNTIME_DIR"] = os.environ.get(
-            "TMPDIR", "/tmp"
-        )  # drivers complain on stderr without it
+        os.environ["XDG_RUNTIME_DIR"] = os.environ.get("TMPDIR", "/tmp")
 
 
 def adapters() -> list[Adapter]:
@@ -104,12 +104,10 @@ def _enumerate() -> list[Adapter]:
     for handle in handles:
         info = handle.info
         if info["backend_type"] not in _BACKENDS:
-            continue  # OpenGL repeats the same device with fewer abilities
+            continue
         rows.append(
             (_RANK.get(info["adapter_type"], 3), _BACKENDS.index(info["backend_type"]), len(rows), handle)
         )
-    if not rows:
-        rows = [(9, 9, i, h) for i, h in enumerate(handles) if "compute" not in str(h.info.get("device", ""))]
     rows.sort(key=lambda r: r[:3])
     out = []
     for index, (_, _, _, handle) in enumerate(rows):
@@ -134,12 +132,33 @@ def install_hint() -> str:
     """What to install on this operating system to get a GPU driver."""
     if sys.platform.startswith("linux"):
         return (
-            "install a Vulkan driver: the vendor's GPU driver, or in software `apt install mesa-vulkan-drivers libvulkan1`"
-            " (Fedora: `dnf install mesa-vulkan-drivers vulkan-loader`); `vulkaninfo` should then list a device"
+            "install a Vulkan driver: the GPU vendor's, or for a software device "
+            f"{_linux_package()}; `tracejit devices` should then list it"
         )
     if sys.platform == "darwin":
         return "Metal needs macOS 10.15 or later on a Mac with a Metal-capable GPU (not in most virtual machines)"
-    return "install the GPU vendor's current driver (DirectX 12 or Vulkan); on servers and in VMs the WARP software adapter needs Windows 10 or later"
+    return (
+        "install the GPU vendor's current driver (DirectX 12 or Vulkan); on servers and in virtual machines the WARP "
+        "software adapter needs Windows 10 or later"
+    )
+
+
+def _linux_package() -> str:
+    """The command that installs Mesa's software Vulkan driver on this distribution."""
+    try:
+        facts = platform.freedesktop_os_release()
+    except (OSError, AttributeError):
+        facts = {}
+    family = {facts.get("ID", ""), *facts.get("ID_LIKE", "").split()}
+    if family & {"fedora", "rhel", "centos"}:
+        return "`dnf install mesa-vulkan-drivers vulkan-loader`"
+    if family & {"arch"}:
+        return "`pacman -S vulkan-swrast vulkan-icd-loader`"
+    if family & {"suse", "opensuse"}:
+        return "`zypper install libvulkan_lvp libvulkan1`"
+    if family & {"alpine"}:
+        return "`apk add mesa-vulkan-swrast vulkan-loader`"
+    return "`apt install mesa-vulkan-drivers libvulkan1`"
 
 
 def select(spec: str) -> Adapter:

@@ -30,7 +30,9 @@ def attention_dispatches(kernel: AttentionKernel, tables: Tables) -> list[Dispat
     if kernel.tq == 0 or prod(kernel.batch) == 0:
         return []
     target = tables.target
-    small = tile_size(kernel.d, kernel.dv_dim, target.workgroup_memory, target.subgroup) < 16 or kernel.tk == 0
+    small = (
+        tile_size(kernel.d, kernel.dv_dim, target.workgroup_memory, target.subgroup) < 16 or kernel.tk == 0
+    )
     if not kernel.grad:
         return composite.forward(kernel, tables) if small else [_Attention(kernel, tables).forward()]
     delta, first = _delta(kernel, tables)

@@ -132,7 +132,8 @@ class Executable:
         self._keep_results = _COUNTED and len(self._fresh_ids) >= _MANY_RESULTS
         self._result_sets: list[list[Handle]] = []
         self._plain_outputs = [
-            (shape, self._buffers[number].dtype, self._buffers[number].size) for number, shape in self._outputs
+            (shape, self._buffers[number].dtype, self._buffers[number].size)
+            for number, shape in self._outputs
         ]
         if [number for number, _ in self._outputs] != list(self._fresh_ids):
             self._plain_outputs = []

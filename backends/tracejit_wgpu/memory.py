@@ -91,7 +91,7 @@ class Pool:
             self._drop(next(iter(free)))
 
     def _drop(self, size: int) -> None:
-        for buffer in self._free.pop(size):
+        for _, buffer in self._free.pop(size):
             del self._all[buffer.uid]
             buffer.gpu.destroy()
             self.idle -= buffer.size
