@@ -16,7 +16,7 @@ import numpy as np
 
 from tracejit.program import Access, Instr, LoopBody
 from tracejit_cpu.body import Local, body_cost, localize
-from tracejit_cpu.epilogue import emit_epilogue
+from tracejit_cpu.epilogue import Epilogue
 from tracejit_cpu.irbuilder import Fn, Module, const, memory_type, vec
 from tracejit_cpu.loops import Compiled, Stage
 from tracejit_cpu.micro import Tile, micro_kernel, pack, tile_for
@@ -240,18 +240,14 @@ class ConvCompiler:
         while g.images * g.groups * splits < 16 and splits * 2 <= -(-g.out[0] // self.block_rows):
             splits *= 2
         full_blocks, rest = divmod(g.out[0], self.block_rows)
-        widths = {self.block_rows * g.out[1], rest * g.out[1]} - {0}
-        epilogues: dict[int, str] = {}
-        for width in widths:
-            for w in ({t.nr} if width >= t.nr else set()) | {width % t.nr} - {0}:
-                if w not in epilogues:
-                    epilogues[w] = emit_epilogue(self.module, local, f"{self.name}_e{w}", t, [0], 1, 2, w)
+        epilogue = Epilogue(self.module, local, self.name, t, [0], 1, 2)
         params = [f"ptr %arg{i}" for i in range(count)] + ["ptr %src", "ptr %w"]
         fn = Fn(self.module, f"{self.name}_c", ", ".join([*params, "i64 %lo", "i64 %hi", "ptr %scr"]))
         frame, columns = "%scr", fn.gep("%scr", self.frame_bytes, "i8")
         out_tile = fn.gep("%scr", self.frame_bytes + self.column_bytes, "i8")
         all_blocks = full_blocks + (1 if rest else 0)
         per = -(-all_blocks // splits)
+        epilogue.begin(fn)
         with fn.loop("%lo", "%hi") as task:
             part = fn.op(f"urem i64 {task}, {splits}") if splits > 1 else "0"
             rest_task = fn.op(f"udiv i64 {task}, {splits}") if splits > 1 else task
@@ -282,15 +278,8 @@ class ConvCompiler:
                         new = fn.op(f"sub i64 {rows}, {skip}")
                         result = fn.gep(out_tile, fn.imul(skip, t.nr), ty)
                         channel = fn.iadd(fn.imul(group, g.cout), start)
-                        args = [f"ptr %arg{i}" for i in range(count)]
-                        args += [
-                            f"i64 {image}",
-                            f"i64 {channel}",
-                            f"i64 {new}",
-                            f"i64 {fn.iadd(pixel0, at)}",
-                            f"ptr {result}",
-                        ]
-                        fn.emit(f"call void @{epilogues[w_panel]}({', '.join(args)})")
+                        pixel = fn.iadd(pixel0, at)
+                        epilogue.apply(fn, w_panel, [image], channel, new, pixel, result)
 
                 whole = width // t.nr * t.nr
                 if whole:

@@ -16,13 +16,14 @@ import numpy as np
 
 from tracejit.program import Access, Contract, Instr, LoopBody
 from tracejit_cpu.body import body_cost, localize
-from tracejit_cpu.epilogue import emit_epilogue
+from tracejit_cpu.epilogue import Epilogue
 from tracejit_cpu.irbuilder import Fn, Module, memory_type, value_type
 from tracejit_cpu.loops import Compiled, Stage
 from tracejit_cpu.micro import Tile, micro_kernel, pack, pack_table, tile_for
 
 KC_MAX = 1024
 SMALL_B = 64 << 10  # bytes of an operand that is read in place
+PREFETCH_K = 64  # products with shorter sums finish before a prefetch would
 
 
 def as_loop(c: Contract, dtype_of: Callable[[int], np.dtype]) -> LoopBody:
@@ -385,7 +386,6 @@ class GemmCompiler:
         mt, nt = -(-self.blocks // mb), -(-self.panels // nb)
         batch = math.prod(p.batch)
         tail = p.n % t.nr
-        count = len(self.local.buffers)
         chunks = -(-p.k // KC_MAX)
         kc = -(-p.k // chunks)
         tile_bytes = t.mr * t.nr * t.bytes
@@ -394,21 +394,11 @@ class GemmCompiler:
         scratch = acc_bytes + (p.k * t.nr * t.bytes + 256 if tail_panel else 0)
         outer = list(range(len(p.batch)))
         m_axis, n_axis = len(outer), len(outer) + 1
-        epi_full = (
-            emit_epilogue(self.module, self.local, f"{self.name}_e", t, outer, m_axis, n_axis, t.nr)
-            if p.n >= t.nr
-            else ""
-        )
-        epi_tail = (
-            emit_epilogue(self.module, self.local, f"{self.name}_f", t, outer, m_axis, n_axis, tail)
-            if tail
-            else ""
-        )
+        epilogue = Epilogue(self.module, self.local, self.name, t, outer, m_axis, n_axis)
         temps = [x for x in (p.a.packed, p.b.packed) if x is not None]
         params = [f"ptr %arg{i}" for i in range(len(self.buffers))] + [f"ptr %p{x}" for x in temps]
         fn = Fn(self.module, f"{self.name}_mm", ", ".join([*params, "i64 %lo", "i64 %hi", "ptr %scr"]))
-        buffers = [f"%arg{i}" for i in range(count)]
-
+        epilogue.begin(fn)
         with fn.loop("%lo", "%hi") as task:
             rest = task
             nblock = fn.op(f"urem i64 {rest}, {nt}") if nt > 1 else "0"
@@ -436,7 +426,7 @@ class GemmCompiler:
             first_block = fn.imul(mblock, mb)
             last_block = fn.imin(fn.iadd(first_block, mb), self.blocks) if mt > 1 else str(self.blocks)
 
-            def run_blocks(pn: str, width: int, k0: str, kn: str, add: str, epilogue: str | None) -> None:
+            def run_blocks(pn: str, width: int, k0: str, kn: str, add: str, final: bool) -> None:
                 n0 = fn.imul(pn, t.nr)
                 vectors = -(-width // t.lanes)
                 in_scratch = width != t.nr and tail_panel
@@ -465,21 +455,23 @@ class GemmCompiler:
                             fn.op(f"sub i64 {block}, {first_block}"),
                         )
                         out = fn.gep("%scr", fn.imul(local, tile_bytes), "i8")
+                    if final and p.k >= PREFETCH_K:
+                        epilogue.prefetch(fn, index, m0, rows, n0)
                     fn.emit(
                         f"call void @{mk}(ptr {ap}, i64 {rs}, i64 {ks}, ptr {bp}, i64 {bs}, i64 {kn}, ptr {out}, i64 {add})"
                     )
-                    if epilogue is not None:
-                        self._apply(fn, epilogue, block, m0, out, n0, buffers, index)
+                    if final:
+                        self._apply(fn, epilogue, width, block, m0, out, n0, index)
 
             def run_panels(k0: str, kn: str, add: str, final: bool) -> None:
                 full = self.panels - (1 if tail else 0)
                 if full:
                     with fn.loop(first_panel, fn.imin(last_panel, full)) as pn:
-                        run_blocks(pn, t.nr, k0, kn, add, epi_full if final else None)
+                        run_blocks(pn, t.nr, k0, kn, add, final)
                 if tail:
                     ends = fn.op(f"icmp eq i64 {last_panel}, {self.panels}") if nt > 1 else "true"
                     with fn.when(ends):
-                        run_blocks(str(self.panels - 1), tail, k0, kn, add, epi_tail if final else None)
+                        run_blocks(str(self.panels - 1), tail, k0, kn, add, final)
 
             if chunks == 1:
                 run_panels("0", str(p.k), "0", True)
@@ -498,12 +490,12 @@ class GemmCompiler:
     def _apply(
         self,
         fn: Fn,
-        epilogue: str,
+        epilogue: Epilogue,
+        width: int,
         block: str,
         m0: str,
         out: str,
         n0: str,
-        buffers: Sequence[str],
         index: Sequence[str],
     ) -> None:
         """Call the epilogue on the rows of a tile that no earlier block covered."""
@@ -513,9 +505,7 @@ class GemmCompiler:
             skip = fn.op(f"sub i64 {start}, {m0}")
             new = fn.op(f"sub i64 {rows}, {skip}")
             out = fn.gep(out, fn.imul(skip, self.tile.nr), self.tile.ty)
-        args = [f"ptr {x}" for x in buffers] + [f"i64 {x}" for x in index]
-        args += [f"i64 {start}", f"i64 {new}", f"i64 {n0}", f"ptr {out}"]
-        fn.emit(f"call void @{epilogue}({', '.join(args)})")
+        epilogue.apply(fn, width, index, start, new, n0, out)
 
     def _base(self, fn: Fn, op: Operand, index: Sequence[str], rows: int) -> str:
         """Address of an operand (or of its packed copy) at the current batch index."""
