@@ -76,7 +76,7 @@ class Memory:
             table[plan.HEADER : plan.HEADER + len(pointers)] = pointers
             for t, (_, offset) in enumerate(layout.temps):
                 table[plan.HEADER + layout.buffers + t] = extra.ctypes.data + offset
-            units = UnitTables(layout, functions)
+            units = UnitTables(layout, functions, count)
             table[0], table[1] = units.everything(segment.parallel)
             table[2], table[3] = scratch.ctypes.data, layout.scratch
             self.tables.append(table)
@@ -87,8 +87,8 @@ class Memory:
 class UnitTables:
     """The unit lists that ``tj_run`` walks: the whole part, or one kernel of it for observed runs."""
 
-    def __init__(self, layout: plan.Layout, functions: Sequence[int]) -> None:
-        self._layout, self._functions = layout, functions
+    def __init__(self, layout: plan.Layout, functions: Sequence[int], threads: int) -> None:
+        self._layout, self._functions, self._threads = layout, functions, threads
         flat = [s for u in layout.units for s in u[1]]
         self._slots = np.array(flat or [0], np.int64)
         self._start = np.cumsum([0, *(len(u[1]) for u in layout.units)])
@@ -99,7 +99,7 @@ class UnitTables:
         rows = np.zeros((max(1, len(chosen)), plan.UNIT_WORDS), np.int64)
         before, single = 0, 0
         for at, (i, now) in enumerate(zip(chosen, step)):
-            number, _, tasks, *_ = self._layout.units[i]
+            number, _, tasks, *_, steal = self._layout.units[i]
             if now != before:
                 single = 0
             first = single if tasks == 1 else 0  # lone tasks of a phase go to different threads
@@ -110,10 +110,20 @@ class UnitTables:
                 tasks,
                 now != before,
                 first,
+                *self._sharing(tasks, steal),
             )
             before = now
         self._kept.append(rows)
         return rows.ctypes.data, len(chosen)
+
+    def _sharing(self, tasks: int, steal: bool) -> tuple[int, int]:
+        """(tasks per grab, address of the counters) of a unit; zeros for fixed shares."""
+        if not steal or self._threads < 2 or tasks < 2:
+            return 0, 0
+        counters = aligned_bytes(plan.COUNTER_BYTES * self._threads)
+        counters[:] = 0
+        self._kept.append(counters)
+        return max(1, tasks // (plan.GRABS * self._threads)), counters.ctypes.data
 
     def everything(self, parallel: bool) -> tuple[int, int]:
         """All units: phase by phase for several threads, kernel by kernel for one."""

@@ -30,7 +30,13 @@ class Unit:
 
 
 HEADER = 4  # slots before the buffers: units, their number, scratch base, scratch bytes per thread
-UNIT_WORDS = 5  # function, slots, tasks, barrier before, first thread
+UNIT_WORDS = 7  # function, slots, tasks, barrier before, first thread, tasks per grab (0: fixed shares), counters
+COUNTER_BYTES = 64  # one counter per thread and unit, each on its own cache line
+STEAL_NS = 30_000.0  # units of less estimated work are cut into fixed shares
+GRABS = 8  # how often a thread comes back for more in its own share
+
+
+UnitRow = tuple[int, list[int], int, int, int, int, bool]
 
 
 @dataclass
@@ -38,14 +44,15 @@ class Layout:
     """Pointer table of a native part: header, one slot per buffer, one per temporary.
 
     ``temps`` are (size, offset) of the temporaries in the extra arena of ``extra`` bytes; ``scratch`` is per thread.
-    ``units`` are [task function number, slots, tasks, phase, kernel, level within the kernel] in kernel order.
+    ``units`` are [task function number, slots, tasks, phase, kernel, level within the kernel, worth stealing] in kernel
+    order.
     """
 
     buffers: int
     temps: list[tuple[int, int]] = field(default_factory=list)
     extra: int = 0
     scratch: int = 0
-    units: list[tuple[int, list[int], int, int, int, int]] = field(default_factory=list)
+    units: list[UnitRow] = field(default_factory=list)
 
     @property
     def slots(self) -> int:
@@ -153,21 +160,27 @@ class Planner:
         return layout
 
 
-def describe_units(planner: Planner, tasks: Sequence[str]) -> list[tuple[int, list[int], int, int, int, int]]:
+def describe_units(planner: Planner, tasks: Sequence[str]) -> list[UnitRow]:
     """The rows of ``Layout.units``; ``tasks`` are the names behind the function numbers."""
     number = {name: i for i, name in enumerate(tasks)}
     level: list[int] = []
-    rows = []
+    rows: list[UnitRow] = []
     for unit in planner.units:
         same = [level[d] for d in unit.deps if planner.units[d].kernel == unit.kernel]
         level.append(1 + max(same, default=-1))
         slots = [HEADER + s for s in unit.slots]
-        rows.append((number[unit.function], slots, unit.tasks, unit.phase, unit.kernel, level[-1]))
+        steal = unit.cost > STEAL_NS
+        rows.append((number[unit.function], slots, unit.tasks, unit.phase, unit.kernel, level[-1], steal))
     return rows
 
 
 def driver_ir(target: Host) -> str:
-    """LLVM IR of ``tj_run``, which walks a program's list of units; it is the same for every program."""
+    """LLVM IR of ``tj_run``, which walks a program's list of units; it is the same for every program.
+
+    Each thread owns a share of a unit's tasks and takes them piece by piece; done with its own, it takes from the others',
+    so that a thread that lost its core for a while holds up nobody. Which thread runs a task does not change its result.
+    A counter says how much of a share is taken; it is tagged with the number of the launch, so nobody resets it.
+    """
     return f"""target triple = "{target.triple}"
 declare void @tj_barrier(ptr, i64)
 
@@ -183,6 +196,8 @@ entry:
   %offset = mul i64 %each, %tid
   %scr = getelementptr i8, ptr %base, i64 %offset
   %alone = icmp eq i64 %nt, 1
+  %launch = load i32, ptr %st
+  %epoch = zext i32 %launch to i64
   br label %head
 head:
   %i = phi i64 [ 0, %entry ], [ %i1, %next ]
@@ -213,15 +228,57 @@ split:
   %first = load i64, ptr %first.p
   %turned = add i64 %tid, %first
   %me = urem i64 %turned, %nt
-  %part = mul i64 %me, %tasks
+  %chunk.p = getelementptr i64, ptr %unit, i64 5
+  %chunk = load i64, ptr %chunk.p
+  %counters.p = getelementptr i64, ptr %unit, i64 6
+  %counters = load ptr, ptr %counters.p
+  %fixed = icmp eq i64 %chunk, 0
+  br label %victim
+victim:
+  %v = phi i64 [ 0, %split ], [ %v1, %exhausted ]
+  %other = add i64 %me, %v
+  %owner = urem i64 %other, %nt
+  %part = mul i64 %owner, %tasks
   %lo = udiv i64 %part, %nt
   %part1 = add i64 %part, %tasks
   %hi = udiv i64 %part1, %nt
+  br i1 %fixed, label %share, label %steal
+share:
   %some = icmp ult i64 %lo, %hi
   br i1 %some, label %run, label %next
 run:
   call void %fn(ptr %tab, ptr %slots, i64 %lo, i64 %hi, ptr %scr)
   br label %next
+steal:
+  %line = mul i64 %owner, {COUNTER_BYTES}
+  %counter = getelementptr i8, ptr %counters, i64 %line
+  br label %look
+look:
+  %word = load atomic i64, ptr %counter monotonic, align 8
+  %when = lshr i64 %word, 32
+  %now = icmp eq i64 %when, %epoch
+  %taken = and i64 %word, 4294967295
+  %before = select i1 %now, i64 %taken, i64 0
+  %from = add i64 %lo, %before
+  %left = icmp ult i64 %from, %hi
+  br i1 %left, label %grab, label %exhausted
+grab:
+  %end = add i64 %from, %chunk
+  %over = icmp ugt i64 %end, %hi
+  %to = select i1 %over, i64 %hi, i64 %end
+  %gone = sub i64 %to, %lo
+  %tag = shl i64 %epoch, 32
+  %mark = or i64 %tag, %gone
+  %pair = cmpxchg ptr %counter, i64 %word, i64 %mark monotonic monotonic
+  %mine = extractvalue {{ i64, i1 }} %pair, 1
+  br i1 %mine, label %work, label %look
+work:
+  call void %fn(ptr %tab, ptr %slots, i64 %from, i64 %to, ptr %scr)
+  br label %look
+exhausted:
+  %v1 = add i64 %v, 1
+  %others = icmp ult i64 %v1, %nt
+  br i1 %others, label %victim, label %next
 next:
   %i1 = add i64 %i, 1
   br label %head
