@@ -67,7 +67,9 @@ class AttentionCompiler:
         self.block = math.lcm(t.mr, t.nr)
         while self.block < 48:
             self.block *= 2
-        self.tq, self.tk = _up(k.tq, self.block), _up(k.tk, self.block)
+        self.tk = _up(k.tk, t.nr)  # width of a row of scores
+        self.tall = _up(k.tk, t.mr)  # rows of dk and dv
+        self.blocks = -(-k.tq // self.block)
         self.dp, self.vp = _up(k.d, t.nr), _up(k.dv_dim, t.nr)
         self.buffers: list[int] = []
         self.used = 0
@@ -134,18 +136,52 @@ class AttentionCompiler:
 
     def _product(
         self, fn: Fn, rows: str | int, panels: str | int, a: str, rs: int, ks: int, b: str, bstep: int, bs: int,
-        depth: str | int, out: str, ostep: int, add: str | int,
+        depth: str | int, out: str, ostep: int, add: str | int, start: Callable[[str], str] | None = None,
+        span: Callable[[str], tuple[str, str]] | None = None,
     ) -> None:  # fmt: skip
-        """out[panel][row][nr] (+)= A B for ``rows`` (a multiple of mr) and ``panels``; steps and strides in elements."""
+        """out[panel][row][nr] (+)= A B for ``rows`` (a multiple of mr) and ``panels``; steps and strides in elements.
+
+        ``start`` gives the first row that a panel needs; ``span`` the part (first, count) of the sum that the tile at a
+        row needs. Together they skip what causality makes zero.
+        """
         t, ty = self.tile, self.ty
         mk = micro_kernel(self.module, t, t.mr, t.nv)
         with fn.loop(0, panels) as p:
             bp, op = fn.gep(b, fn.imul(p, bstep), ty), fn.gep(out, fn.imul(p, ostep), ty)
-            with fn.loop(0, rows, t.mr) as r:
+            with fn.loop(start(p) if start else 0, rows, t.mr) as r:
                 ap, to = fn.gep(a, fn.imul(r, rs), ty), fn.gep(op, fn.imul(r, t.nr), ty)
+                low, count = span(r) if span else ("0", str(depth))
+                ap, part = fn.gep(ap, fn.imul(low, ks), ty), fn.gep(bp, fn.imul(low, bs), ty)
                 fn.emit(
-                    f"call void @{mk}(ptr {ap}, i64 {rs}, i64 {ks}, ptr {bp}, i64 {bs}, i64 {depth}, ptr {to}, i64 {add})"
+                    f"call void @{mk}(ptr {ap}, i64 {rs}, i64 {ks}, ptr {part}, i64 {bs}, i64 {count}, ptr {to}, i64 {add})"
                 )
+
+    def _seen(self, fn: Fn, first: str, r: str) -> str:
+        """How many keys the tile of query rows at ``first + r`` sees; every row of it gets that many probabilities."""
+        if not self.k.causal:
+            return str(self.k.tk)
+        return fn.imin(fn.iadd(fn.iadd(first, r), self.tile.mr), self.k.tk)
+
+    def _tile_of(self, fn: Fn, r: str) -> str:
+        return fn.op(f"sub i64 {r}, {fn.op(f'urem i64 {r}, {self.tile.mr}')}")
+
+    def _behind(self, fn: Fn, first: str, key: str) -> str:
+        """The first tile of rows (relative to ``first``) that sees ``key``."""
+        if not self.k.causal:
+            return "0"
+        d = fn.op(f"sub i64 {key}, {first}")
+        d = fn.op(f"select i1 {fn.op(f'icmp slt i64 {d}, 0')}, i64 0, i64 {d}")
+        return self._tile_of(fn, d)
+
+    def _panels_for(self, fn: Fn, keys: str) -> str:
+        if keys.isdigit():
+            return str(-(-int(keys) // self.tile.nr))
+        return fn.op(f"udiv i64 {fn.iadd(keys, self.tile.nr - 1)}, {self.tile.nr}")
+
+    def _rows(self, fn: Fn, first: str) -> tuple[str, str]:
+        """(rows of the block at ``first``, the same rounded up to whole tiles)."""
+        rows = fn.imin(fn.op(f"sub i64 {self.k.tq}, {first}"), self.block)
+        return rows, fn.imin(fn.op(f"sub i64 {_up(self.k.tq, self.tile.mr)}, {first}"), self.block)
 
     def _store_rows(
         self,
@@ -236,16 +272,16 @@ class AttentionCompiler:
         """How many keys query ``row`` sees."""
         return fn.imin(fn.iadd(row, 1), self.k.tk) if self.k.causal else str(self.k.tk)
 
-    def _keys(self, fn: Fn, first: str) -> str:
-        """Keys (padded) that a block of queries starting at ``first`` needs."""
-        return fn.imin(fn.iadd(first, self.block), self.tk) if self.k.causal else str(self.tk)
+    def _keys(self, fn: Fn, first: str, rows: str) -> str:
+        """Keys that the block of queries starting at ``first`` needs."""
+        return fn.imin(fn.iadd(first, rows), self.k.tk) if self.k.causal else str(self.k.tk)
 
     # -- forward ----------------------------------------------------------------------------------------------------------
     def forward(self) -> Compiled:
         """softmax(scale Q K^T + mask) V, block of queries by block of queries."""
         k, t, ty, lanes = self.k, self.tile, self.ty, self.tile.lanes
         fn = self._begin(["q", "k", "v", "mask", "out", "lse"])
-        blocks = self.tq // self.block
+        blocks = self.blocks
         groups = 1 if self.heads >= 16 else min(blocks, -(-16 // max(1, self.heads)))
         per = -(-blocks // groups)
         groups = -(-blocks // per)
@@ -267,17 +303,18 @@ class AttentionCompiler:
             low = fn.imul(group, per)
             with fn.loop(low, fn.imin(fn.iadd(low, per), blocks)) as b:
                 first = fn.imul(b, self.block)
-                rows = fn.imin(fn.op(f"sub i64 {k.tq}, {first}"), self.block)
+                rows, whole = self._rows(fn, first)
                 self._copy_block(fn, "q", at["q"], first, rows, k.d, qc, self.dp)
-                keys = self._keys(fn, first)
-                panels = fn.op(f"udiv i64 {keys}, {t.nr}")
                 step = self.block * t.nr
                 self._product(
-                    fn, self.block, panels, qc, self.dp, 1, kt, t.nr * self.dp, t.nr, k.d, scores, step, 0
-                )
+                    fn, whole, self._panels_for(fn, self._keys(fn, first, rows)), qc, self.dp, 1,
+                    kt, t.nr * self.dp, t.nr, k.d, scores, step, 0,
+                    start=lambda p, first=first: self._behind(fn, first, fn.imul(p, t.nr)),
+                )  # fmt: skip
                 with fn.loop(0, rows) as r:
                     row = fn.iadd(first, r)
                     limit = self._limit(fn, row)
+                    panels = self._panels_for(fn, self._seen(fn, first, self._tile_of(fn, r)))
                     source, target = (
                         fn.gep(scores, fn.imul(r, t.nr), ty),
                         fn.gep(probs, fn.imul(r, self.tk), ty),
@@ -317,10 +354,10 @@ class AttentionCompiler:
                         if mem == "half":
                             lse = fn.op(f"fptrunc float {lse} to half")
                         fn.store(mem, lse, fn.gep(at["lse"], fn.imul(row, k.lse.strides[-1]), mem))
-                depth = fn.imin(keys, k.tk)
                 self._product(
-                    fn, self.block, self.vp // t.nr, probs, self.tk, 1, vc, t.nr, self.vp, depth, acc, step, 0
-                )
+                    fn, whole, self.vp // t.nr, probs, self.tk, 1, vc, t.nr, self.vp, 0, acc, step, 0,
+                    span=lambda r, first=first: ("0", self._seen(fn, first, r)),
+                )  # fmt: skip
                 self._store_rows(fn, "out", at["out"], first, rows, k.dv_dim, acc, step, inverse)
         fn.finish()
         return self._finish(fn, self.heads * groups, 2)
@@ -359,7 +396,6 @@ class AttentionCompiler:
         fn = self._begin(["q", "k", "v", "mask", "out", "lse", "dout", "dq", "dk", "dv"])
         assert k.lse is not None
         n = mathlib.Num(fn, ty, lanes)
-        full = vec(ty, lanes)
         step = self.block * t.nr
         with fn.loop("%lo", "%hi") as head:
             at = self._heads(fn, head)
@@ -371,69 +407,50 @@ class AttentionCompiler:
             scores, dprobs = self._scratch(fn, self.block * self.tk), self._scratch(fn, self.block * self.tk)
             probs, dscores = self._scratch(fn, self.block * self.tk), self._scratch(fn, self.block * self.tk)
             dq = self._scratch(fn, self.block * self.dp)
-            dk, dv = self._scratch(fn, self.tk * self.dp), self._scratch(fn, self.tk * self.vp)
-            for pointer, items in ((dk, self.tk * self.dp), (dv, self.tk * self.vp)):
+            dk, dv = self._scratch(fn, self.tall * self.dp), self._scratch(fn, self.tall * self.vp)
+            for pointer, items in ((dk, self.tall * self.dp), (dv, self.tall * self.vp)):
                 with fn.loop(0, items, lanes) as i:
                     fn.store(ty, n.c(0.0), fn.gep(pointer, i, ty), lanes)
-            with fn.loop(0, self.tq // self.block) as b:
+            with fn.loop(0, self.blocks) as b:
                 first = fn.imul(b, self.block)
-                rows = fn.imin(fn.op(f"sub i64 {k.tq}, {first}"), self.block)
+                rows, whole = self._rows(fn, first)
                 self._copy_block(fn, "q", at["q"], first, rows, k.d, qc, self.dp)
                 self._copy_block(fn, "dout", at["dout"], first, rows, k.dv_dim, gc, self.vp)
                 self._copy_block(fn, "out", at["out"], first, rows, k.dv_dim, oc, self.vp)
-                keys = self._keys(fn, first)
-                panels = fn.op(f"udiv i64 {keys}, {t.nr}")
+                keys = self._keys(fn, first, rows)
+                panels = self._panels_for(fn, keys)
+
+                def start(p: str, first: str = first) -> str:
+                    return self._behind(fn, first, fn.imul(p, t.nr))
+
                 self._product(
-                    fn, self.block, panels, qc, self.dp, 1, kt, t.nr * self.dp, t.nr, k.d, scores, step, 0
+                    fn, whole, panels, qc, self.dp, 1, kt, t.nr * self.dp, t.nr, k.d, scores, step, 0, start
                 )
                 self._product(
-                    fn,
-                    self.block,
-                    panels,
-                    gc,
-                    self.vp,
-                    1,
-                    vt,
-                    t.nr * self.vp,
-                    t.nr,
-                    k.dv_dim,
-                    dprobs,
-                    step,
-                    0,
+                    fn, whole, panels, gc, self.vp, 1, vt, t.nr * self.vp, t.nr, k.dv_dim, dprobs, step, 0, start
                 )
                 with fn.loop(0, rows) as r:
-                    self._row_grad(
-                        fn, n, r, first, panels, step, at, (gc, oc, scores, dprobs, probs, dscores)
-                    )
-                depth = fn.imin(keys, k.tk)
+                    seen = self._panels_for(fn, self._seen(fn, first, self._tile_of(fn, r)))
+                    self._row_grad(fn, n, r, first, seen, step, at, (gc, oc, scores, dprobs, probs, dscores))
                 # dq = dS K;  dv += P^T dO;  dk += dS^T Q
                 self._product(
-                    fn,
-                    self.block,
-                    self.dp // t.nr,
-                    dscores,
-                    self.tk,
-                    1,
-                    kc,
-                    t.nr,
-                    self.dp,
-                    depth,
-                    dq,
-                    step,
-                    0,
-                )
+                    fn, whole, self.dp // t.nr, dscores, self.tk, 1, kc, t.nr, self.dp, 0, dq, step, 0,
+                    span=lambda r, first=first: ("0", self._seen(fn, first, r)),
+                )  # fmt: skip
                 self._store_rows(fn, "dq", at["dq"], first, rows, k.d, dq, step, None)
-                tall = self.tk * t.nr
-                self._product(
-                    fn, keys, self.vp // t.nr, probs, 1, self.tk, gc, t.nr, self.vp, rows, dv, tall, 1
-                )
-                self._product(
-                    fn, keys, self.dp // t.nr, dscores, 1, self.tk, qc, t.nr, self.dp, rows, dk, tall, 1
-                )
-            tall = self.tk * t.nr
+
+                def span(key: str, first: str = first, rows: str = rows) -> tuple[str, str]:
+                    low = self._behind(fn, first, key)
+                    return low, fn.op(f"sub i64 {rows}, {low}")
+
+                tall = self.tall * t.nr
+                for what, grad, source, width in ((probs, dv, gc, self.vp), (dscores, dk, qc, self.dp)):
+                    self._product(
+                        fn, keys, width // t.nr, what, 1, self.tk, source, t.nr, width, 0, grad, tall, 1, span=span
+                    )
+            tall = self.tall * t.nr
             self._store_rows(fn, "dk", at["dk"], "0", str(k.tk), k.d, dk, tall, None)
             self._store_rows(fn, "dv", at["dv"], "0", str(k.tk), k.dv_dim, dv, tall, None)
-        del full
         fn.finish()
         return self._finish(fn, self.heads, 5)
 
