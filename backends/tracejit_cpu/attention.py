@@ -427,7 +427,20 @@ class AttentionCompiler:
                     fn, whole, panels, qc, self.dp, 1, kt, t.nr * self.dp, t.nr, k.d, scores, step, 0, start
                 )
                 self._product(
-                    fn, whole, panels, gc, self.vp, 1, vt, t.nr * self.vp, t.nr, k.dv_dim, dprobs, step, 0, start
+                    fn,
+                    whole,
+                    panels,
+                    gc,
+                    self.vp,
+                    1,
+                    vt,
+                    t.nr * self.vp,
+                    t.nr,
+                    k.dv_dim,
+                    dprobs,
+                    step,
+                    0,
+                    start,
                 )
                 with fn.loop(0, rows) as r:
                     seen = self._panels_for(fn, self._seen(fn, first, self._tile_of(fn, r)))
@@ -446,7 +459,20 @@ class AttentionCompiler:
                 tall = self.tall * t.nr
                 for what, grad, source, width in ((probs, dv, gc, self.vp), (dscores, dk, qc, self.dp)):
                     self._product(
-                        fn, keys, width // t.nr, what, 1, self.tk, source, t.nr, width, 0, grad, tall, 1, span=span
+                        fn,
+                        keys,
+                        width // t.nr,
+                        what,
+                        1,
+                        self.tk,
+                        source,
+                        t.nr,
+                        width,
+                        0,
+                        grad,
+                        tall,
+                        1,
+                        span=span,
                     )
             tall = self.tall * t.nr
             self._store_rows(fn, "dk", at["dk"], "0", str(k.tk), k.d, dk, tall, None)

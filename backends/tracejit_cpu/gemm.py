@@ -23,6 +23,7 @@ from tracejit_cpu.micro import Tile, micro_kernel, pack, pack_table, tile_for
 
 KC_MAX = 1024
 SMALL_B = 64 << 10  # bytes of an operand that is read in place
+PRIVATE_ROWS = 192  # with so few rows one task can cover them all
 PREFETCH_K = 64  # products with shorter sums finish before a prefetch would
 
 
@@ -267,6 +268,8 @@ class GemmCompiler:
         self.buffers = [*self.local.buffers, c.a.buffer, c.b.buffer]
         self.p.a.buffer, self.p.b.buffer = len(self.buffers) - 2, len(self.buffers) - 1
         self.temps: list[int] = []
+        #: Few rows: the task that uses a panel of B packs it, into its own scratch memory.
+        self.private_b = False
         self.stages: list[Stage] = []
         self.panels = -(-self.p.n // self.tile.nr)
         self.blocks = -(-self.p.m // self.tile.mr)
@@ -318,7 +321,8 @@ class GemmCompiler:
                 first = fn.imul(block, width)
                 number = fn.imin(fn.op(f"sub i64 {p.n}, {first}"), width)
             dst = fn.gep("%dst", fn.imul(task, p.k * width), t.ty)
-            self._emit_pack(fn, op, memory, fn.gep("%src", offset, memory), first, number, width, dst)
+            src = fn.gep("%src", offset, memory)
+            self._emit_pack(fn, op, memory, src, first, number, width, dst, "0", str(p.k))
         fn.finish()
         moved = copies * count * p.k * width
         self.stages.append(
@@ -326,21 +330,23 @@ class GemmCompiler:
         )
 
     def _emit_pack(
-        self, fn: Fn, op: Operand, memory: str, src: str, first: str, number: str, width: int, dst: str
-    ) -> None:
+        self, fn: Fn, op: Operand, memory: str, src: str, first: str, number: str, width: int, dst: str,
+        k0: str, kn: str,
+    ) -> None:  # fmt: skip
+        """Pack rows or columns ``first``... of an operand over ``kn`` positions of the sum from ``k0``."""
         t, p = self.tile, self.p
         if op.ktable is None:
-            src = fn.gep(src, fn.imul(first, op.free), memory)
+            src = fn.gep(fn.gep(src, fn.imul(first, op.free), memory), fn.imul(k0, op.k), memory)
             name = pack(self.module, t.ty, memory, t.lanes, width)
             fn.emit(
-                f"call void @{name}(ptr {src}, i64 {op.k}, i64 {op.free}, i64 {p.k}, i64 {number}, ptr {dst})"
+                f"call void @{name}(ptr {src}, i64 {op.k}, i64 {op.free}, i64 {kn}, i64 {number}, ptr {dst})"
             )
             return
         free = np.arange(max(p.m, p.n), dtype=np.int64) * op.free
         name = pack_table(self.module, t.ty, memory, width)
-        ktab, ntab = self.module.table(op.ktable), self.module.table(free)
+        ktab, ntab = fn.gep(self.module.table(op.ktable), k0, "i64"), self.module.table(free)
         at = fn.gep(ntab, first, "i64")
-        fn.emit(f"call void @{name}(ptr {src}, ptr {ktab}, ptr {at}, i64 {p.k}, i64 {number}, ptr {dst})")
+        fn.emit(f"call void @{name}(ptr {src}, ptr {ktab}, ptr {at}, i64 {kn}, i64 {number}, ptr {dst})")
 
     def _first_row(self, fn: Fn, block: str) -> str:
         """First row of row block ``block``."""
@@ -353,12 +359,16 @@ class GemmCompiler:
         """Row blocks and panels per task."""
         p, t = self.p, self.tile
         mb, nb = min(self.blocks, max(1, 96 // t.mr)), min(self.panels, max(1, 128 // t.nr))
+        if self.private_b:
+            mb = self.blocks
         batch = math.prod(p.batch)
         flops = 2.0 * batch * p.m * p.n * p.k
         wanted = min(24, max(1, int(flops / 400_000)))
         while batch * -(-self.blocks // mb) * -(-self.panels // nb) < wanted and (mb > 1 or nb > 1):
-            if nb * t.nr >= mb * t.mr and nb > 1:
+            if nb > 1 and (nb * t.nr >= mb * t.mr or self.private_b):
                 nb = -(-nb // 2)
+            elif self.private_b:
+                break
             elif mb > 1:
                 mb = -(-mb // 2)
             else:
@@ -372,7 +382,9 @@ class GemmCompiler:
         """Emit everything."""
         p, t = self.p, self.tile
         pack_a, pack_b = self._decide_packing()
-        if pack_b:
+        if pack_b and p.m <= PRIVATE_ROWS and self._reuse(p.b) == math.prod(p.batch):
+            self.private_b = True
+        elif pack_b:
             self._pack_stage(p.b, t.nr, self.panels, "pb", rows=False)
         if pack_a:
             self._pack_stage(p.a, t.mr, self.blocks, "pa", rows=True)
@@ -390,8 +402,10 @@ class GemmCompiler:
         kc = -(-p.k // chunks)
         tile_bytes = t.mr * t.nr * t.bytes
         acc_bytes = tile_bytes * (mb * nb if chunks > 1 else 1)
-        tail_panel = bool(p.b.packed is None and tail and tail % t.lanes)
+        tail_panel = bool(p.b.packed is None and not self.private_b and tail and tail % t.lanes)
         scratch = acc_bytes + (p.k * t.nr * t.bytes + 256 if tail_panel else 0)
+        if self.private_b:
+            scratch = acc_bytes + kc * t.nr * t.bytes + 256
         outer = list(range(len(p.batch)))
         m_axis, n_axis = len(outer), len(outer) + 1
         epilogue = Epilogue(self.module, self.local, self.name, t, outer, m_axis, n_axis)
@@ -412,8 +426,8 @@ class GemmCompiler:
                 index.insert(0, at)
             a = self._base(fn, p.a, index, t.mr * self.blocks)
             b = self._base(fn, p.b, index, t.nr * self.panels)
+            panel = fn.gep("%scr", acc_bytes, "i8")
             if tail_panel:
-                panel = fn.gep("%scr", acc_bytes, "i8")
                 last = fn.op(f"icmp eq i64 {nblock}, {nt - 1}") if nt > 1 else "true"
                 with fn.when(last):
                     name = pack(self.module, t.ty, t.ty, t.lanes, t.nr)
@@ -433,6 +447,10 @@ class GemmCompiler:
                 if p.b.packed is not None:
                     bp = fn.gep(b, fn.iadd(fn.imul(pn, p.k * t.nr), fn.imul(k0, t.nr)), t.ty)
                     bs = t.nr
+                elif self.private_b:
+                    memory = memory_type(p.b.dtype)
+                    self._emit_pack(fn, p.b, memory, b, n0, str(width), t.nr, panel, k0, kn)
+                    bp, bs = panel, t.nr
                 elif in_scratch:
                     bp, bs = fn.gep(panel, fn.imul(k0, t.nr), t.ty), t.nr
                 else:
@@ -510,11 +528,11 @@ class GemmCompiler:
     def _base(self, fn: Fn, op: Operand, index: Sequence[str], rows: int) -> str:
         """Address of an operand (or of its packed copy) at the current batch index."""
         t, p = self.tile, self.p
-        if op.packed is None:
+        if op.packed is None:  # in place, in the type of memory
             offset: str = str(op.offset)
             for at, stride in zip(index, op.batch):
                 offset = fn.iadd(offset, fn.imul(at, stride))
-            return fn.gep(f"%arg{op.buffer}", offset, t.ty)
+            return fn.gep(f"%arg{op.buffer}", offset, memory_type(op.dtype))
         number = "0"
         for at, size, stride in zip(index, p.batch, op.batch):
             if stride:

@@ -30,7 +30,9 @@ class Unit:
 
 
 HEADER = 4  # slots before the buffers: units, their number, scratch base, scratch bytes per thread
-UNIT_WORDS = 7  # function, slots, tasks, barrier before, first thread, tasks per grab (0: fixed shares), counters
+UNIT_WORDS = (
+    7  # function, slots, tasks, barrier before, first thread, tasks per grab (0: fixed shares), counters
+)
 COUNTER_BYTES = 64  # one counter per thread and unit, each on its own cache line
 STEAL_NS = 30_000.0  # units of less estimated work are cut into fixed shares
 GRABS = 8  # how often a thread comes back for more in its own share
