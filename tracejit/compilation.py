@@ -14,6 +14,7 @@ import numpy as np
 
 from tracejit import events
 from tracejit.backend import Device, Executable
+from tracejit.callplan import builder
 from tracejit.config import log
 from tracejit.environment import Environment
 from tracejit.graph import Graph
@@ -40,9 +41,11 @@ class Entry:
     """One compiled specialisation of a traced function: guards, executable, and how results are put together."""
 
     __slots__ = (
+        "_build",
         "_single",
         "_variants",
         "arity",
+        "calls",
         "captures",
         "device",
         "environment",
@@ -54,6 +57,7 @@ class Entry:
         "name",
         "optimised",
         "paths",
+        "planned",
         "program",
         "scalars",
         "seen_by",
@@ -100,6 +104,10 @@ class Entry:
         self._single = len(traced.outputs) == 1 and traced.outputs[0] == ("out", 0) and tree.num_nodes == 1
         #: Set by the fast path; the eviction gives used entries a second chance.
         self.used = False
+        #: Calls of the general path, and whether ``jit.py`` has tried to make a reader of the arguments.
+        self.calls = 0
+        self.planned = False
+        self._build = builder(tree, traced.outputs, self.scalars)
 
     def matches(self, leaves: Sequence[Any]) -> bool:
         """True if the guards hold: scalar values the graph depends on, and what the function read from outside."""
@@ -124,6 +132,8 @@ class Entry:
 
     def finish(self, outs: list[Any]) -> Any:
         """The result tree from the executable's outputs."""
+        if self._build is not None:
+            return self._build(outs)
         for i in self.scalars:
             outs[i] = outs[i][()]
         if self._single:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
-import operator
 import threading
 import warnings
 from collections import OrderedDict
@@ -20,6 +19,7 @@ import numpy as np
 
 from tracejit import backend as _backend
 from tracejit import source
+from tracejit.callplan import Reader, reader
 from tracejit.compilation import Entry, compile_entry
 from tracejit.config import log, log_enabled
 from tracejit.environment import FrozenValueWarning, RandomStates, snapshot
@@ -34,10 +34,9 @@ from tracejit.tracing import Traced, trace_function
 from tracejit.trees import NAMESPACE, flatten_fast
 
 _ndarray = np.ndarray
-_aval = operator.attrgetter("dtype", "shape")
-_ONLY_ARRAYS = {np.ndarray}
 _RESERVED = ("device", "watch")
 _STORM = 16
+_MAX_PLANS = 4
 _MAX_INLINE_DEPTH = 100
 
 
@@ -84,8 +83,8 @@ class TracedFunction:
         if self._cache_size < 1:
             raise ValueError(f"cache_size must be at least 1, got {cache_size}")
         self._cache: OrderedDict[Any, list[Entry]] = OrderedDict()
-        #: Short keys of the fast path -> entries of the cache; dropped as a whole on every eviction.
-        self._fast: dict[Any, Entry] = {}
+        #: The fast path: readers of arguments, each with its entry; dropped as a whole on every eviction.
+        self._plans: tuple[tuple[Reader, Entry], ...] = ()
         self._lock = threading.RLock()
         self._hits = 0
         self._misses = 0
@@ -99,42 +98,23 @@ class TracedFunction:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the function; ``device=`` and ``watch=`` are tracejit's, all else is the function's."""
         try:
-            if kwargs or state.busy:
-                return self._general(args, kwargs)
-            # The fast path: positional arguments, trees of ndarrays and Python numbers, nothing ambient on this thread.
-            key: Any
-            leaves: Any
-            if {*map(type, args)} == _ONLY_ARRAYS:
-                leaves = args
-                key = (*map(_aval, args),)
-            else:
-                leaves, tree = flatten_fast(args, None, False, NAMESPACE)
-                if {*map(type, leaves)} == _ONLY_ARRAYS:
-                    key = (tree, *map(_aval, leaves))
-                else:
-                    parts: list[Any] = [tree]
-                    for leaf in leaves:
-                        kind = type(leaf)
-                        if kind is _ndarray:
-                            parts.append((leaf.dtype, leaf.shape))
-                        elif kind is float or kind is int:
-                            parts.append(kind)
-                        else:
-                            return self._general(args, kwargs)
-                    key = tuple(parts)
-            entry = self._fast.get(key)
-            if entry is None or not entry.matches(leaves):
-                return self._general(args, kwargs, key)
-            self._hits += 1
-            entry.used = True
-            return entry.run(leaves)
+            if not state.busy:
+                # The fast path: arguments like those of an earlier call, nothing ambient on this thread.
+                for read, entry in self._plans:
+                    leaves = read(args, kwargs)
+                    if leaves is not None and entry.matches(leaves):
+                        self._hits += 1
+                        entry.used = True
+                        return entry.run(leaves)
+            return self._general(args, kwargs)
         except Exception as error:
             # Raised once, here, so that a traceback shows one line of ours between the caller and the traced function.
             raise hide_internal_frames(error)  # noqa: B904
 
-    def _general(self, args: tuple[Any, ...], kwargs: dict[str, Any], fast_key: Any = None) -> Any:
+    def _general(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Everything the fast path leaves: keywords, unusual leaves, nesting, devices, observers, misses."""
         device: Any = self._device
+        given = dict(kwargs)
         if kwargs:
             watch = kwargs.pop("watch", None)
             device = kwargs.pop("device", None) or device
@@ -148,11 +128,22 @@ class TracedFunction:
         if state.disable_jit:
             return self._fn(*args, **kwargs)
         entry, leaves = self._find(args, kwargs, _backend.resolve(device))
-        if fast_key is not None and not self._static:
-            self._fast[fast_key] = entry
+        if not (entry.planned or state.busy or self._static):
+            self._plan(args, given, entry)
         if state.debug_nans or state.observers:
             return entry.run_special(leaves)
         return entry.run(leaves)
+
+    def _plan(self, args: tuple[Any, ...], kwargs: dict[str, Any], entry: Entry) -> None:
+        """From the third call on, an entry has a reader for arguments like these; the newest are tried first."""
+        entry.calls += 1
+        if entry.calls < 3:
+            return
+        entry.planned = True
+        read = reader(args, kwargs)
+        if read is not None:
+            with self._lock:
+                self._plans = ((read, entry), *self._plans)[:_MAX_PLANS]
 
     def _find(
         self, args: tuple[Any, ...], kwargs: dict[str, Any], device: _backend.Device
@@ -213,7 +204,7 @@ class TracedFunction:
             for e in entries:
                 e.used = False
         del self._cache[victim]
-        self._fast.clear()
+        self._plans = ()
 
     def _split_static(
         self, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -371,7 +362,7 @@ class TracedFunction:
         """Forget every trace and the counters."""
         with self._lock:
             self._cache.clear()
-            self._fast.clear()
+            self._plans = ()
             self._hits = self._misses = self._streak = 0
             self._warned = False
 
