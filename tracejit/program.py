@@ -260,7 +260,8 @@ class Capabilities:
     recomputed in each consumer instead of stored, ``op_kernels`` ops that must arrive as :class:`OpKernel`.
     ``split_k`` is the largest number of partial sums into which a contraction with at most ``split_k_limit`` results and
     a single consumer may be split: it arrives as a contraction with an extra leading batch axis (the parts) and a plain
-    store, and the consumer adds the parts.
+    store, and the consumer adds the parts. No more parts are made once ``split_k_work`` partial results (those of the
+    equal products in the same batch included) keep the device busy.
     """
 
     max_buffers: int | None = None
@@ -277,6 +278,7 @@ class Capabilities:
     index_bits: int = 64
     split_k: int = 1
     split_k_limit: int = 1 << 20
+    split_k_work: int = 1 << 62
     op_kernels: frozenset[str] = frozenset()
     dtypes: frozenset[str] = frozenset(
         {

@@ -97,10 +97,13 @@ def contract_dispatches(problems: Sequence[Contract], tables: Tables, label: str
     if not problems or any(s == 0 for c in problems for s in (*c.batch, *c.m, *c.n)):
         return []
     ready = [normalise(c) for c in problems]
-    m, n, k = (prod(x) for x in (ready[0].m, ready[0].n, ready[0].k))
-    if min(m, n) < 4 or k < 4 or m * n * k * prod(ready[0].batch) < 4096:
+    if _thin(ready[0]):
         return loop_dispatches([_as_loop(p, tables) for p in ready], tables, label)
-    out: list[Dispatch] = []
+    return [d for group in _groups(ready, tables) for d in tile_dispatches(group, tables, label)]
+
+
+def _groups(ready: Sequence[Problem], tables: Tables) -> list[list[Problem]]:
+    """Runs of equal problems that fit the bindings of one dispatch."""
     groups: list[list[Problem]] = []
     for p in ready:
         if (
@@ -111,9 +114,27 @@ def contract_dispatches(problems: Sequence[Contract], tables: Tables, label: str
             groups[-1].append(p)
         else:
             groups.append([p])
-    for group in groups:
-        out.extend(_tiled(group, tables, label))
-    return out
+    return groups
+
+
+def tile_groups(problems: Sequence[Contract], tables: Tables) -> list[list[Problem]]:
+    """The groups of problems that run on tiles, each in one dispatch; none for products that are loops."""
+    if not problems or any(s == 0 for c in problems for s in (*c.batch, *c.m, *c.n)):
+        return []
+    ready = [normalise(c) for c in problems]
+    return [] if _thin(ready[0]) else _groups(ready, tables)
+
+
+def tile_key(group: Sequence[Problem]) -> tuple[int, int, int, int, str]:
+    """What the choice of a tile depends on: m, n, k, number of products, layout as in BLAS."""
+    p = group[0]
+    layout = ("N" if p.part(p.a, "k")[-1:] == (1,) else "T") + ("T" if p.part(p.b, "k")[-1:] == (1,) else "N")
+    return prod(p.m), prod(p.n), prod(p.k), prod(p.batch) * len(group), layout
+
+
+def _thin(p: Problem) -> bool:
+    m, n, k = (prod(x) for x in (p.m, p.n, p.k))
+    return min(m, n) < 4 or k < 4 or m * n * k * prod(p.batch) < 4096
 
 
 def _alike(p: Problem, q: Problem) -> bool:
@@ -198,9 +219,7 @@ class _Loader:
         return f"vec4<{self.kind}>"
 
 
-def _loader(
-    name: str, p: Problem, access: Access, rows: str, tile: int, vector: bool, kind: str
-) -> _Loader:
+def _loader(name: str, p: Problem, access: Access, rows: str, tile: int, vector: bool, kind: str) -> _Loader:
     sizes = p.m if rows == "m" else p.n
     row_strides, k_strides = p.part(access, rows), p.part(access, "k")
     along_k = not (row_strides and row_strides[-1] == 1) and bool(k_strides) and k_strides[-1] == 1
@@ -221,12 +240,12 @@ def _vector_ok(p: Problem, access: Access, rows: str) -> bool:
     return access.offset % 4 == 0 and all(s % 4 == 0 for s in others)
 
 
-def _tiled(problems: Sequence[Problem], tables: Tables, label: str) -> list[Dispatch]:
+def tile_dispatches(problems: Sequence[Problem], tables: Tables, label: str) -> list[Dispatch]:
+    """A group of equal problems as one dispatch, and the sum of its parts if k is cut."""
     p = problems[0]
-    m, n, k, nb = prod(p.m), prod(p.n), prod(p.k), prod(p.batch)
+    m, n, nb = prod(p.m), prod(p.n), prod(p.batch)
     kind = {"f": "f32", "i": "i32", "u": "u32", "b": "u32"}[p.acc.kind]
-    layout = ("N" if p.part(p.a, "k")[-1:] == (1,) else "T") + ("T" if p.part(p.b, "k")[-1:] == (1,) else "N")
-    tile = tuning.choose(m, n, k, nb * len(problems), layout, tables.target)
+    tile = tuning.choose(*tile_key(problems), tables.target)
     shader = Shader(tables)
     split = tile.split
     naxis = len(p.batch) + len(p.m) + len(p.n) - 1
@@ -352,9 +371,7 @@ def _kernel(
         else:
             batch = wgsl.u32_offset(zip(p.part(access, "batch"), batch_index), 0)
             out.append(f" let batch_{x.name} = {batch};\n")
-            code, load, store = _stage(
-                shader, x, p, tile, zero, tail, base[x.name], memory[x.name], threads
-            )
+            code, load, store = _stage(shader, x, p, tile, zero, tail, base[x.name], memory[x.name], threads)
         out.append(code)
         loads.append(load)
         stores.append(store)

@@ -30,6 +30,7 @@ class Target:
     workgroups: int = 65535
     buffers: int = 8
     binding_bytes: int = 128 << 20
+    adapter: str = ""  # for what was tuned on it
 
 
 @dataclass

@@ -6,6 +6,7 @@ these very buffers, one encode and submit. Temporaries belong to the executable 
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections import OrderedDict
@@ -105,6 +106,10 @@ class Executable:
     def _prepare(self, rt: runtime.Runtime) -> None:
         """Compile for a device (again after it was lost)."""
         program = self.program
+        if os.environ.get("TRACEJIT_WGPU_TUNE", "0") == "1":
+            from tracejit_wgpu.tuner import tune_program
+
+            tune_program(rt, program, self._scalars)
         plan = compile_plan(program, rt.target, self.spec, self._scalars)
         for buffer in program.buffers:
             rt.pool.check(

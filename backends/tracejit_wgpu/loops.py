@@ -136,8 +136,9 @@ def choose(body: LoopBody, tables: Tables, threads: int | None = None) -> Strate
         if instr.op in ("load", "store") and set(instr.axes) | set(_varies(instr)):
             strides = instr.attrs["access"].strides
             if set(_varies(instr)) & set(body.reduce_axes):
-                row_score += strides[inner_reduce] == 1
-                column_score += inner_parallel is not None and strides[inner_parallel] == 1
+                elements = prod(body.domain[a] for a in _varies(instr))  # a vector per row weighs little
+                row_score += elements if strides[inner_reduce] == 1 else 0
+                column_score += elements if inner_parallel is not None and strides[inner_parallel] == 1 else 0
     if column_score > row_score and inner_parallel is not None:
         return _column(body, size, length, inner_parallel, threads or limit, tables)
     return _row(body, size, length, inner_reduce, threads, limit)

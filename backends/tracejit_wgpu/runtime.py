@@ -81,6 +81,7 @@ class Runtime:
             workgroups=limits["max-compute-workgroups-per-dimension"],
             buffers=min(limits["max-storage-buffers-per-shader-stage"], 64),
             binding_bytes=limits["max-storage-buffer-binding-size"],
+            adapter=f"{adapter.name} ({adapter.backend}, {limits['max-compute-workgroup-storage-size']} B)",
         )
         size = self._subgroup_size()
         if size:

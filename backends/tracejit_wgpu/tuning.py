@@ -44,7 +44,6 @@ class Tile:
 #: Tuned tiles by "adapter|m,n,k,count,layout"; filled from disk on first use.
 _tuned: dict[str, Tile] | None = None
 _overrides: dict[tuple[int, int, int, int, str], Tile] = {}
-_adapter = ""
 
 
 def _tiles(m: int, n: int, tile: Tile, count: int) -> int:
@@ -53,7 +52,9 @@ def _tiles(m: int, n: int, tile: Tile, count: int) -> int:
 
 def choose(m: int, n: int, k: int, count: int, layout: str, target: Target) -> Tile:
     """The tile for ``count`` products of ``m x k`` by ``k x n``; layout as in BLAS (``"NN"``, ``"NT"``, ``"TN"``)."""
-    forced = _overrides.get((m, n, k, count, layout)) or _load().get(_key(m, n, k, count, layout))
+    forced = _overrides.get((m, n, k, count, layout)) or _load().get(
+        _key(target.adapter, m, n, k, count, layout)
+    )
     if (
         forced is not None
         and forced.memory <= target.workgroup_memory
@@ -64,6 +65,11 @@ def choose(m: int, n: int, k: int, count: int, layout: str, target: Target) -> T
     return tile if tile.memory <= target.workgroup_memory else Tile(32, 32, 16, 4, 4, tile.split)
 
 
+def known(target: Target, m: int, n: int, k: int, count: int, layout: str) -> bool:
+    """True if the tile of this product was tuned on this adapter, now or in an earlier process."""
+    return _key(target.adapter, m, n, k, count, layout) in _load()
+
+
 def rule(m: int, n: int, k: int, count: int, layout: str) -> Tile:
     """The default: see MEASURED in the README of the backend for where the limits come from."""
     results = m * n * count
@@ -71,29 +77,25 @@ def rule(m: int, n: int, k: int, count: int, layout: str) -> Tile:
         bk = 32 if k >= 64 else 16
         return _with_split(Tile(16, 64, bk, 4, 4) if m <= n else Tile(64, 16, bk, 4, 4), m, n, k, count)
     if min(m, n) >= 64 and results >= 2_200_000:
-        bk = 8 if min(m, n) <= 1024 and k < 4096 and layout != "TN" else 16
-        wide = Tile(64, 128, bk, 8, 8) if n >= m or layout == "NN" else Tile(128, 64, bk, 8, 8)
-        if layout == "TN" and m >= 128:
-            wide = Tile(128, 64, bk, 8, 8)
-        if n < 128:
-            wide = Tile(128, 64, bk, 8, 8)
-        return wide
-    if min(m, n) >= 64 and results >= 800_000:
+        if layout == "TN":
+            return Tile(128, 64, 16, 8, 8) if m >= 128 else Tile(64, 128 if n >= 128 else 64, 16, 8, 8)
+        bk = 8 if n <= 2304 and k < 8192 and m * n < 1 << 24 else 16
+        if n < 128 or (layout == "NT" and n <= 1024):
+            return Tile(128, 64, bk, 8, 8)
+        return Tile(64, 128, bk, 8, 8)
+    if min(m, n) >= 64 and results >= 900_000:
         return Tile(64, 64, 16, 8, 4)
     bk = 32 if k >= 64 else 16
-    tile = (
-        Tile(32, 64, bk, 4, 4)
-        if n >= 64 and results >= 200_000 and layout != "TN"
-        else Tile(32, 32, bk, 4, 4)
-    )
-    return _with_split(tile, m, n, k, count)
+    if n >= 64 and results >= 200_000 and _tiles(m, n, Tile(32, 64, bk, 4, 4), count) >= 200:
+        return _with_split(Tile(32, 64, bk if results < 600_000 else 16, 4, 4), m, n, k, count)
+    return _with_split(Tile(32, 32, bk, 4, 4), m, n, k, count)
 
 
 def _with_split(tile: Tile, m: int, n: int, k: int, count: int) -> Tile:
-    """Cut k when there are too few workgroups for a large GPU and k is long."""
+    """Cut k when there are too few workgroups for a large GPU and k is long; the parts cost a dispatch of their own."""
     groups = _tiles(m, n, tile, count)
     split = 1
-    while split < 16 and groups * split < 200 and k // (split * 2) >= 4 * tile.bk:
+    while split < 16 and groups * split < 100 and k // (split * 2) >= 4 * tile.bk:
         split *= 2
     return Tile(tile.bm, tile.bn, tile.bk, tile.tm, tile.tn, split)
 
@@ -113,14 +115,8 @@ def cache_file() -> Path:
     return Path(root) / "wgpu_tiles.json"
 
 
-def use_adapter(name: str) -> None:
-    """Tuned tiles belong to an adapter; called when a device starts."""
-    global _adapter
-    _adapter = name
-
-
-def _key(m: int, n: int, k: int, count: int, layout: str) -> str:
-    return f"{_adapter}|{m},{n},{k},{count},{layout}"
+def _key(adapter: str, m: int, n: int, k: int, count: int, layout: str) -> str:
+    return f"{adapter}|{m},{n},{k},{count},{layout}"
 
 
 def _load() -> dict[str, Tile]:
@@ -148,10 +144,10 @@ def _valid(tile: Tile) -> bool:
     )  # fmt: skip
 
 
-def remember(m: int, n: int, k: int, count: int, layout: str, tile: Tile) -> None:
+def remember(target: Target, m: int, n: int, k: int, count: int, layout: str, tile: Tile) -> None:
     """Keep a tuned tile in memory and on disk."""
     table = _load()
-    table[_key(m, n, k, count, layout)] = tile
+    table[_key(target.adapter, m, n, k, count, layout)] = tile
     path = cache_file()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -168,14 +164,15 @@ CANDIDATES = (
     Tile(128, 64, 16, 8, 8), Tile(64, 128, 16, 8, 8), Tile(128, 64, 8, 8, 8), Tile(64, 128, 8, 8, 8),
     Tile(64, 64, 16, 8, 4), Tile(64, 64, 16, 4, 8), Tile(32, 64, 16, 4, 4), Tile(32, 64, 32, 4, 4),
     Tile(32, 32, 16, 4, 4), Tile(32, 32, 32, 4, 4), Tile(64, 32, 16, 4, 4), Tile(16, 64, 32, 4, 4),
+    Tile(128, 128, 8, 16, 8), Tile(128, 128, 16, 8, 8),
 )  # fmt: skip
 
 
 class forced:
     """Context manager: use one tile for a product while tuning or testing."""
 
-    def __init__(self, m: int, n: int, k: int, count: int, layout: str, tile: Tile) -> None:
-        self._key = (m, n, k, count, layout)
+    def __init__(self, key: tuple[int, int, int, int, str], tile: Tile) -> None:
+        self._key = key
         self._tile = tile
 
     def __enter__(self) -> None:

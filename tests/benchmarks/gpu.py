@@ -11,6 +11,8 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import logging
+import os
 import pathlib
 import platform
 import statistics
@@ -91,7 +93,12 @@ def compare(sides: Mapping[str, Side], rounds: int, seconds: float) -> dict[str,
 
 def _summary(times: Sequence[float]) -> dict[str, float]:
     middle = statistics.median(times)
-    return {"median": middle, "low": min(times), "high": max(times), "spread": (max(times) - min(times)) / middle}
+    return {
+        "median": middle,
+        "low": min(times),
+        "high": max(times),
+        "spread": (max(times) - min(times)) / middle,
+    }
 
 
 def _ms(s: Mapping[str, float]) -> str:
@@ -316,17 +323,18 @@ def _buffer_copy(source: Any) -> tuple[Callable[[], None], Callable[[], None]]:
     return (lambda: runtime.copy([(handle, 0, target, 0, handle.nbytes)])), runtime.finish
 
 
-def tune(args: argparse.Namespace, report: Report) -> None:
-    """Time the candidate tiles for the products of the models, and keep the best on disk for this adapter."""
-    from tracejit_wgpu import tuner
+class _Tuning(logging.Handler):
+    """Tuning lines of the backend, into the report."""
 
-    for name in args.tune:
-        sizes = SIZES[name]
-        params, (x, y) = parameters(sizes), batch(sizes)
-        opt, step = train_step(sizes)
-        for line in tuner.tune(step, (params, opt.init(params), x, y), device=args.device):
-            report.say(line, quiet=not args.verbose)
-    report.write()
+    def __init__(self, report: Report) -> None:
+        super().__init__(logging.INFO)
+        self.report = report
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Keep lines about tuning."""
+        text = record.getMessage()
+        if text.startswith("tune"):
+            self.report.say(text)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -342,7 +350,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--profile-runs", type=int, default=9)
     parser.add_argument("--rows", type=int, default=24, help="families printed in a breakdown")
     parser.add_argument("--matmul", type=int, nargs="*", default=[1024, 2048, 4096])
-    parser.add_argument("--tiny", action="store_true", help="sizes for a software driver: only to see that it runs")
+    parser.add_argument(
+        "--tiny", action="store_true", help="sizes for a software driver: only to see that it runs"
+    )
+    parser.add_argument("--tune", action="store_true", help="tune tiles first; kept on disk for this adapter")
     parser.add_argument("--verbose", action="store_true")
     args = parser.parse_args(argv)
     args.rows_by_columns = (1 << 14, 1 << 12)
@@ -354,6 +365,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     register()
     args.no_torch = args.no_torch or not gpu_torch.available()
     report = Report(args.out)
+    if args.tune:
+        os.environ["TRACEJIT_WGPU_TUNE"] = "1"
+        logging.getLogger("tracejit").addHandler(_Tuning(report))
+        logging.getLogger("tracejit").setLevel(logging.INFO)
     report.data["machine"] = describe(args.device)
     report.say(" | ".join(f"{k}: {v}" for k, v in report.data["machine"].items()))
     for part in args.only.split(","):

@@ -20,7 +20,10 @@ def check_step(
 ) -> Iterator[str]:
     """Lines that say how far loss, gradients and loss curve are off; raises AssertionError if too far."""
     rng = np.random.default_rng(2)  # biases and norms away from their special start values
-    moved = [p + rng.standard_normal(p.shape).astype(np.float32) * np.float32(0.05) if p.ndim == 1 else p for p in params]
+    moved = [
+        p + rng.standard_normal(p.shape).astype(np.float32) * np.float32(0.05) if p.ndim == 1 else p
+        for p in params
+    ]
     gradients = tj.trace(tj.value_and_grad(loss_function()))
     loss, grads = gradients(list(moved), x, y, device=args.device)
     got, mine = float(loss), [np.asarray(g) for g in grads]

@@ -97,9 +97,7 @@ def train_sides(
     return out
 
 
-def losses(
-    s: Sizes, params: Sequence[np.ndarray], x: np.ndarray, y: np.ndarray, steps: int
-) -> list[float]:
+def losses(s: Sizes, params: Sequence[np.ndarray], x: np.ndarray, y: np.ndarray, steps: int) -> list[float]:
     """The loss curve of ``steps`` eager steps from the start."""
     ((step, _),) = train_sides(s, params, x, y, "eager").values()
     return [float(step()) for _ in range(steps)]

@@ -5,7 +5,7 @@ Called once by ``fusion.py``. ``leaves`` are the values that will be in memory a
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 
 from tracejit.lower.values import (
     ATTENTION,
@@ -87,3 +87,20 @@ def analyse(values: Sequence[Value], outputs: Sequence[Value], caps: Capabilitie
             cost, leaves = 0.0, frozenset((v,))
             v.sure = True
         v.cost, v.leaves = cost, leaves
+
+
+def batch_sizes(values: Sequence[Value], caps: Capabilities) -> dict[Value, int]:
+    """For products that no other product needs (weight gradients): how many equal ones there are, one batch at most.
+
+    An upper bound, made before kernels exist: whether two products are equal in strides too shows later.
+    """
+    needed: set[Value] = set()
+    groups: dict[Hashable, list[Value]] = {}
+    for v in reversed(values):
+        if v.kind in (DOT, ATTENTION) or v in needed:
+            needed.update(v.inputs)
+        if v.kind == DOT and v not in needed:
+            key = tuple(sorted((k, tuple(x)) for k, x in v.attrs.items() if isinstance(x, tuple | list)))
+            shapes = tuple(x.shape for x in v.inputs)
+            groups.setdefault((shapes, key), []).append(v)
+    return {v: min(len(group), caps.batch_contracts) for group in groups.values() for v in group}

@@ -14,7 +14,7 @@ from math import prod
 
 from tracejit.lower import affine
 from tracejit.lower.affine import Map
-from tracejit.lower.analysis import FREE_FACTOR, analyse
+from tracejit.lower.analysis import FREE_FACTOR, analyse, batch_sizes
 from tracejit.lower.attention import match_attention, place_attention
 from tracejit.lower.cluster import Cluster, can_carry
 from tracejit.lower.prepare import Prepared
@@ -48,6 +48,7 @@ class Fusion:
         match_attention(prepared, caps, self.decisions)
         values = prepared.values
         analyse(values, prepared.outputs, caps)
+        self.batches = batch_sizes(values, caps) if caps.split_k > 1 else {}
         for v in prepared.outputs:
             self.require(v, None)
         for v in reversed(values):
@@ -468,8 +469,10 @@ class Fusion:
         a = v.inputs[0]
         outer = [a.shape[i] for i in v.attrs["lhs_contract"]]
         k = prod(outer)
-        parts = 1
+        parts, work = 1, v.size * self.batches.get(v, 1)
         while parts * 2 <= self.caps.split_k and k // (parts * 2) >= 128 and outer[0] % (parts * 2) == 0:
+            if work * parts >= self.caps.split_k_work:
+                break
             parts *= 2
         if parts == 1 or (any(c.kind != "loop" for c in v.maps) and len(v.consumers) == 1):
             return 1
