@@ -125,7 +125,7 @@ class ConvCompiler:
             self._copy(fn, source, frame, g.cin * fh * fw)
             return
         self._fill_zero(fn, frame, g.cin * fh * fw)
-        low = [max(0, -(-(-s) // i)) if s < 0 else 0 for s, i in zip(g.shift, g.insert)]
+        low = [-(s // i) if s < 0 else 0 for s, i in zip(g.shift, g.insert)]
         high = [min(n, -(-(f - s) // i)) for n, f, s, i in zip(g.size, g.frame, g.shift, g.insert)]
         with fn.loop(0, g.cin) as c, fn.loop(low[0], max(low[0], high[0])) as y:
             src = fn.gep(
@@ -175,25 +175,18 @@ class ConvCompiler:
             with fn.loop(0, rows) as r:
                 src = fn.gep(src0, fn.imul(r, g.stride[0] * fw), ty)
                 dst = fn.gep(dst0, fn.imul(r, ow), ty)
-                if g.stride[1] == 1:
-                    # whole vectors: what spills over is overwritten by the next row or never used
-                    for v in range(-(-ow // t.lanes)) if ow <= 8 * t.lanes else ():
-                        fn.store(
-                            ty,
-                            fn.load(ty, fn.gep(src, v * t.lanes, ty), t.lanes),
-                            fn.gep(dst, v * t.lanes, ty),
-                            t.lanes,
-                        )
-                    if ow > 8 * t.lanes:
-                        with fn.loop(0, ow, t.lanes) as v:
-                            fn.store(
-                                ty, fn.load(ty, fn.gep(src, v, ty), t.lanes), fn.gep(dst, v, ty), t.lanes
-                            )
-                else:
+                if g.stride[1] != 1:
                     with fn.loop(0, ow) as v:
-                        fn.store(
-                            ty, fn.load(ty, fn.gep(src, fn.imul(v, g.stride[1]), ty)), fn.gep(dst, v, ty)
-                        )
+                        at = fn.gep(src, fn.imul(v, g.stride[1]), ty)
+                        fn.store(ty, fn.load(ty, at), fn.gep(dst, v, ty))
+                # whole vectors: what spills over is overwritten by the next row or never used
+                elif ow > 8 * t.lanes:
+                    with fn.loop(0, ow, t.lanes) as v:
+                        fn.store(ty, fn.load(ty, fn.gep(src, v, ty), t.lanes), fn.gep(dst, v, ty), t.lanes)
+                else:
+                    for first in range(0, ow, t.lanes):
+                        value = fn.load(ty, fn.gep(src, first, ty), t.lanes)
+                        fn.store(ty, value, fn.gep(dst, first, ty), t.lanes)
 
     def _convert_stage(self, count: int, buffer: int, transpose: tuple[int, ...] | None) -> int:
         """Weights into a temporary in the accumulator's type; with ``transpose`` flipped for the input gradient."""
@@ -271,9 +264,8 @@ class ConvCompiler:
                         start = fn.imul(b, rows)
                         m0 = fn.imin(start, g.cout - rows) if g.cout % rows else start
                         ap = fn.gep(w, fn.imul(m0, g.depth), ty)
-                        fn.emit(
-                            f"call void @{mk}(ptr {ap}, i64 {g.depth}, i64 1, ptr {bp}, i64 {self.pitch}, i64 {g.depth}, ptr {out_tile}, i64 0)"
-                        )
+                        left, right = f"ptr {ap}, i64 {g.depth}, i64 1", f"ptr {bp}, i64 {self.pitch}"
+                        fn.emit(f"call void @{mk}({left}, {right}, i64 {g.depth}, ptr {out_tile}, i64 0)")
                         skip = fn.op(f"sub i64 {start}, {m0}")
                         new = fn.op(f"sub i64 {rows}, {skip}")
                         result = fn.gep(out_tile, fn.imul(skip, t.nr), ty)
@@ -359,9 +351,8 @@ class ConvCompiler:
                             m0 = fn.imin(m0, g.depth - rows) if g.depth % rows else m0
                             ap = fn.gep(columns, fn.imul(m0, self.pitch), ty)
                             out = fn.gep(mine, fn.imul(fn.iadd(fn.imul(pn, blocks), b), tile_items), ty)
-                            fn.emit(
-                                f"call void @{mk}(ptr {ap}, i64 {self.pitch}, i64 1, ptr {packed}, i64 {t.nr}, i64 {pixels}, ptr {out}, i64 {add})"
-                            )
+                            left, right = f"ptr {ap}, i64 {self.pitch}, i64 1", f"ptr {packed}, i64 {t.nr}"
+                            fn.emit(f"call void @{mk}({left}, {right}, i64 {pixels}, ptr {out}, i64 {add})")
 
                 if full_blocks:
                     with fn.loop(0, full_blocks) as i:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import importlib
 import sys
 import sysconfig
 from collections.abc import Callable, Sequence
@@ -89,8 +90,9 @@ lock:
   %got = extractvalue {{ i64, i1 }} %pair, 1
   br i1 %got, label %begin, label %slow.unlocked
 begin:
-{field("table", _TABLE, ty="ptr")}{field("nin", _NIN)}{field("ins", _INS, ty="ptr")}{field("nout", _NOUT)}{field("outs", _OUTS, ty="ptr")}
-{field("array.type", _ARRAY_TYPE, ty="ptr")}{field("float.type", _FLOAT_TYPE, ty="ptr")}{field("long.type", _LONG_TYPE, ty="ptr")}
+{field("table", _TABLE, ty="ptr")}{field("nin", _NIN)}{field("ins", _INS, ty="ptr")}
+{field("nout", _NOUT)}{field("outs", _OUTS, ty="ptr")}{field("array.type", _ARRAY_TYPE, ty="ptr")}
+{field("float.type", _FLOAT_TYPE, ty="ptr")}{field("long.type", _LONG_TYPE, ty="ptr")}
 {field("list.type", _LIST_TYPE, ty="ptr")}{field("true", _TRUE, ty="ptr")}{field("false", _FALSE, ty="ptr")}
   %seq.type.p = getelementptr i8, ptr %inputs, i64 8
   %seq.type = load ptr, ptr %seq.type.p
@@ -183,7 +185,8 @@ out.body:
   %ospec.at = mul i64 %o, {_OUT_WORDS}
   %ospec = getelementptr i64, ptr %outs, i64 %ospec.at
   %ndim = load i64, ptr %ospec
-{field("odescr", 1, "%ospec", "ptr")}{field("oslot", 2, "%ospec")}{field("odims", 3, "%ospec", "ptr")}{field("onext", 4, "%ospec")}
+{field("odescr", 1, "%ospec", "ptr")}{field("oslot", 2, "%ospec")}
+{field("odims", 3, "%ospec", "ptr")}{field("onext", 4, "%ospec")}
 {field("oflags", 5, "%ospec")}{field("ring", 6, "%ospec", "ptr")}{field("ringdata", 7, "%ospec", "ptr")}
   br label %ring.head
 ring.head:
@@ -342,13 +345,11 @@ def _layout_is_known() -> bool:
 
 def _array_empty_address() -> int:
     """Address of NumPy's ``PyArray_Empty`` from its C API table (slot 184, stable since NumPy 1.0)."""
-    try:
-        from numpy._core import _multiarray_umath as umath
-    except ImportError:  # NumPy < 2
-        from numpy.core import _multiarray_umath as umath  # type: ignore[no-redef, attr-defined]
+    core = "numpy._core" if int(np.__version__.split(".")[0]) >= 2 else "numpy.core"
+    umath = importlib.import_module(f"{core}._multiarray_umath")
     get = ctypes.pythonapi.PyCapsule_GetPointer
     get.restype, get.argtypes = ctypes.c_void_p, [ctypes.py_object, ctypes.c_char_p]
-    table = get(umath._ARRAY_API, None)  # type: ignore[attr-defined]
+    table = get(umath._ARRAY_API, None)
     return ctypes.c_uint64.from_address(table + 184 * 8).value
 
 

@@ -120,7 +120,7 @@ class Epilogue:
 
     # -- the body ----------------------------------------------------------------------------------------------------------
     def _emit_body(self, width: int) -> str:
-        """The accumulator's rows lie ``tile.nr`` elements apart. What does not vary with the row is emitted once per tile."""
+        """Accumulator rows lie ``tile.nr`` elements apart; what does not vary with the row is emitted once."""
         local, tile, m, n = self.local, self.tile, self.m, self.n
         name = f"{self.name}_e{width}"
         args = f"{self._places()}i64 %m0, i64 %rows, i64 %n0, ptr %tile, ptr %slots"

@@ -5,10 +5,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import sys
 import threading
 import time
-from collections.abc import Mapping, Sequence
+import weakref
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -82,6 +85,19 @@ class Memory:
             self.tables.append(table)
             self.units.append(units)
             self.parts += [extra, scratch]
+
+
+def _recycle(kept: list[np.ndarray], shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """An array of ``kept`` that only ``kept`` refers to, else a new one; ``kept`` holds a few."""
+    for array in kept:
+        free = sys.getrefcount(array) == 3 and not weakref.getweakrefcount(array)  # kept, the loop, the call
+        if free and array.shape == shape and array.dtype is dtype and array.flags.carray:
+            return array
+    new = np.empty(shape, dtype)
+    if len(kept) >= entry.RING:
+        kept.pop(0)
+    kept.append(new)
+    return new
 
 
 class UnitTables:
@@ -158,7 +174,9 @@ class CpuExecutable:
         ]
         self._driver = driver_address()
         self._threads = [pool.threads if s.parallel else 1 for s in self.segments]
-        self._memory: Memory | None = None
+        self._memory: Memory | None = None  # of the native entry
+        self._spare: list[Memory] = []  # of calls through Python
+        self._recycled: list[list[np.ndarray]] = [[] for b in program.buffers if b.kind == "output"]
         self._lock = threading.Lock()
         self._inputs = [program.buffers[b] for b in program.inputs]
         self._targets = [b for b in program.buffers if b.kind == "output"]
@@ -220,19 +238,18 @@ class CpuExecutable:
     def _first(self, inputs: Sequence[Any]) -> list[Any]:
         """The first call: allocate memory, make the native entry, start the workers."""
         with self._lock:
-            if self._memory is None:
-                if any(t > 1 for t in self._threads):
+            if self._entry is None and len(self.steps) == 1 and self.segments and entry.available():
+                if self._threads[0] > 1:
                     runtime.pool().start()
                 memory = Memory(self)
-                if len(self.steps) == 1 and self.segments and entry.available():
-                    self._entry = entry.Entry(
-                        self._driver,
-                        memory.tables[0],
-                        self._threads[0],
-                        [(b.dtype, b.shape, plan.HEADER + b.id) for b in self._inputs],
-                        [(b.dtype, b.shape, plan.HEADER + b.id) for b in self._targets],
-                        self._slow,
-                    )
+                self._entry = entry.Entry(
+                    self._driver,
+                    memory.tables[0],
+                    self._threads[0],
+                    [(b.dtype, b.shape, plan.HEADER + b.id) for b in self._inputs],
+                    [(b.dtype, b.shape, plan.HEADER + b.id) for b in self._targets],
+                    self._slow,
+                )
                 self._memory = memory
         if self._entry is not None:
             self._run = self._entry.call if self._plain else self._native_then_arrange
@@ -262,18 +279,38 @@ class CpuExecutable:
         return out
 
     def _slow(self, inputs: Sequence[Any]) -> list[Any]:
-        """The Python path: copies inputs that are not plain, has memory of its own, always fresh results."""
+        """The Python path: unusual inputs, a second thread calling at once, host steps, the first call after a fork."""
         arrays = [self._plain_array(x, b) for x, b in zip(inputs, self._inputs, strict=True)]
-        results = [np.empty(b.shape, b.dtype) for b in self._targets]
-        memory = Memory(self)
-        self._execute(memory, arrays, results)
-        return list(results) if self._plain and self._entry is not None else self._arrange(results, arrays)
+        if self._entry is not None and any(a is not x for a, x in zip(arrays, inputs)):
+            results: Sequence[Any] = self._entry.call(arrays)  # all it minds were the inputs
+            return list(results)
+        results = self._results()
+        with self._borrowed() as memory:
+            self._execute(memory, arrays, results)
+        return list(results) if self._entry is not None else self._arrange(results, arrays)
+
+    @contextlib.contextmanager
+    def _borrowed(self) -> Iterator[Memory]:
+        """Memory for one call through Python; it is kept for the next."""
+        try:
+            memory = self._spare.pop()
+        except IndexError:
+            memory = Memory(self)
+        yield memory
+        if len(self._spare) < 2:
+            self._spare.append(memory)
+
+    def _results(self) -> list[np.ndarray]:
+        """Arrays for the results: earlier ones that nobody refers to any more, or new ones."""
+        return [_recycle(kept, b.shape, b.dtype) for kept, b in zip(self._recycled, self._targets)]
 
     @staticmethod
     def _plain_array(value: Any, buffer: Buffer) -> np.ndarray:
         array = np.asarray(value)
         if array.dtype != buffer.dtype or not array.dtype.isnative:
             array = array.astype(buffer.dtype)
+        elif array.dtype is not buffer.dtype:  # equal, but another object than the native entry knows
+            array = array.view(buffer.dtype)
         if not (array.flags.c_contiguous and array.flags.aligned):
             array = np.array(array, order="C", copy=True)
         return array
@@ -319,8 +356,12 @@ class CpuExecutable:
     def observed(self, inputs: Sequence[Any]) -> tuple[list[Any], Timing]:
         """Run kernel by kernel and report when each ran."""
         arrays = [self._plain_array(x, b) for x, b in zip(inputs, self._inputs, strict=True)]
-        results = [np.empty(b.shape, b.dtype) for b in self._targets]
-        memory = Memory(self)
+        results = self._results()
+        with self._borrowed() as memory:
+            timing = self._timed(memory, arrays, results)
+        return self._arrange(results, arrays), timing
+
+    def _timed(self, memory: Memory, arrays: Sequence[np.ndarray], results: Sequence[np.ndarray]) -> Timing:
         self._set_pointers(memory, arrays, results)
         count = len(self.program.kernels)
         order, start, end = [], np.zeros(count, np.int64), np.zeros(count, np.int64)
@@ -344,8 +385,7 @@ class CpuExecutable:
                 order.append(kernel)
                 at += 1
             part += 1
-        timing = Timing(np.array(order, np.uint32), start, end, self._live(order), np.zeros(count, np.uint8))
-        return self._arrange(results, arrays), timing
+        return Timing(np.array(order, np.uint32), start, end, self._live(order), np.zeros(count, np.uint8))
 
     def _live(self, order: Sequence[int]) -> np.ndarray:
         """Bytes of intermediate and output memory in use while each kernel runs."""

@@ -108,22 +108,33 @@ def target_machine() -> Any:
     )
 
 
-def _cgroup_cores() -> float:
-    """The CPU quota of the process's cgroup in cores; infinity where there is none."""
+def _cgroup_cores(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> float:
+    """The smallest CPU quota, in cores, of the process's cgroup and those above it; infinity where there is none."""
     quota = math.inf
-    try:  # cgroup v2
-        limit, period = Path("/sys/fs/cgroup/cpu.max").read_text(encoding="ascii").split()
-        if limit != "max":
-            quota = int(limit) / int(period)
-    except (OSError, ValueError):
-        try:  # cgroup v1
-            limit_v1 = int(Path("/sys/fs/cgroup/cpu/cpu.cfs_quota_us").read_text(encoding="ascii"))
-            period_v1 = int(Path("/sys/fs/cgroup/cpu/cpu.cfs_period_us").read_text(encoding="ascii"))
-            if limit_v1 > 0:
-                quota = limit_v1 / period_v1
-        except (OSError, ValueError):
-            pass
+    try:
+        lines = own.read_text(encoding="ascii", errors="replace").splitlines()
+    except OSError:
+        lines = []
+    paths = {line.split(":", 2)[2].strip("/") for line in lines if line.count(":") >= 2}
+    for path in {"", *paths}:
+        at = root / path
+        for place in (at, *at.parents):
+            if root not in (place, *place.parents):
+                break
+            quota = min(quota, _quota(place), _quota(root / "cpu" / place.relative_to(root)))
     return quota
+
+
+def _quota(place: Path) -> float:
+    """The quota set in one cgroup directory (version 2, else version 1)."""
+    with contextlib.suppress(OSError, ValueError, ZeroDivisionError):
+        limit, period = (place / "cpu.max").read_text(encoding="ascii").split()
+        return math.inf if limit == "max" else int(limit) / int(period)
+    with contextlib.suppress(OSError, ValueError, ZeroDivisionError):
+        limit_v1 = int((place / "cpu.cfs_quota_us").read_text(encoding="ascii"))
+        if limit_v1 > 0:
+            return limit_v1 / int((place / "cpu.cfs_period_us").read_text(encoding="ascii"))
+    return math.inf
 
 
 def thread_count() -> int:
@@ -141,4 +152,5 @@ def thread_count() -> int:
         cores = len(os.sched_getaffinity(0))
     else:
         cores = os.cpu_count() or 1
-    return max(1, min(cores, 256, math.ceil(_cgroup_cores()) if math.isfinite(_cgroup_cores()) else cores))
+    quota = _cgroup_cores()
+    return max(1, min(cores, 256, math.ceil(quota) if math.isfinite(quota) else cores))

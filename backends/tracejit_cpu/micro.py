@@ -209,11 +209,11 @@ def _emit_pack(module: Module, name: str, ty: str, memory: str, lanes: int, widt
     with fn.loop(0, "%kc") as k:
         src = fn.gep("%src", fn.imul(k, "%ks"), memory)
         dst = fn.gep("%dst", fn.imul(k, width), ty)
-        with fn.loop(0, "%n") as j:
-            x = widen(fn.load(memory, fn.gep(src, fn.imul(j, "%ns"), memory)), 1)
-            fn.store(ty, x, fn.gep(dst, j, ty))
-        with fn.loop("%n", width) as j:
-            fn.store(ty, const(0.0, ty), fn.gep(dst, j, ty))
+        with fn.loop(0, "%n") as column:
+            x = widen(fn.load(memory, fn.gep(src, fn.imul(column, "%ns"), memory)), 1)
+            fn.store(ty, x, fn.gep(dst, column, ty))
+        with fn.loop("%n", width) as column:
+            fn.store(ty, const(0.0, ty), fn.gep(dst, column, ty))
     fn.emit(f"br label %{done}")
     fn.label(done)
     fn.finish()

@@ -151,8 +151,8 @@ class Planner:
         for first, last, t in sorted(spans, key=lambda s: -self.temp_sizes[s[2]]):
             size = -(-self.temp_sizes[t] // ALIGN) * ALIGN + ALIGN
             at = 0
-            for low, high, f, l in sorted(placed):
-                if f <= last and first <= l and at < high and low < at + size:
+            for low, high, begin, until in sorted(placed):
+                if begin <= last and first <= until and at < high and low < at + size:
                     at = high
             placed.append((at, at + size, first, last))
             offsets[t] = at

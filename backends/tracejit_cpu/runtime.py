@@ -291,6 +291,7 @@ class Pool:
         )(self.loaded.address("tj_worker"))
         self._lock = threading.Lock()
         self._condition = threading.Condition()
+        self._launching = 0  # programs running or about to; only used without futex
         self._workers: list[threading.Thread] = []
         self._set(SPIN, self._spins_per_millisecond())
         atexit.register(self.stop)
@@ -342,18 +343,29 @@ class Pool:
     def _work(self, tid: int, seen: int) -> None:
         last = ctypes.c_uint32(seen)
         while self._worker(self.state, tid, last.value, ctypes.addressof(last)):
-            with self._condition:  # no futex: sleep in Python, look again now and then
-                if self._get(GEN) == last.value:
-                    self._condition.wait(0.05)
+            with self._condition:  # no futex: sleep in Python until somebody is about to launch
+                while not self._launching and self._get(GEN) == last.value:
+                    self._condition.wait()
 
     def run(self, function: int, table: int, threads: int) -> None:
         """Run a program from Python (the slow path and observed runs)."""
-        if threads > 1:
-            self.start()
-            if not self.futex:
-                with self._condition:
-                    self._condition.notify_all()
-        self._launch(self.state, function, table, threads if threads == 1 else self.threads)
+        if threads == 1:
+            self._launch(self.state, function, table, 1)
+            return
+        self.start()
+        if self.futex:
+            self._launch(self.state, function, table, self.threads)
+            return
+        self._announce(1)
+        try:
+            self._launch(self.state, function, table, self.threads)
+        finally:
+            self._announce(-1)
+
+    def _announce(self, change: int) -> None:
+        with self._condition:
+            self._launching += change
+            self._condition.notify_all()
 
     def stop(self) -> None:
         """Let the workers return; called at exit."""
@@ -371,8 +383,7 @@ class Pool:
                 self._wake_all()
             else:
                 self._set(GEN, self._get(GEN) + 1)
-                with self._condition:
-                    self._condition.notify_all()
+                self._announce(0)
             for worker in self._workers:
                 worker.join(timeout=1.0)
             self._workers = []
@@ -398,6 +409,7 @@ class Pool:
         self._set(SPIN, spins)
         self._lock = threading.Lock()
         self._condition = threading.Condition()
+        self._launching = 0
         self._workers = []
 
 

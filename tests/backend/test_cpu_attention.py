@@ -95,15 +95,15 @@ def programs(batch, tq, tk, d, dv, causal=False, mask=None, dtype="float32", hea
 
 
 CASES = [
-    dict(batch=(2, 3), tq=16, tk=16, d=8, dv=8),
-    dict(batch=(2,), tq=50, tk=70, d=20, dv=12),
-    dict(batch=(2, 2), tq=128, tk=128, d=64, dv=64, causal=True, heads_last=True),
-    dict(batch=(1,), tq=100, tk=33, d=16, dv=24, mask="bool"),
-    dict(batch=(3,), tq=49, tk=97, d=16, dv=40, mask="float"),
-    dict(batch=(), tq=200, tk=200, d=32, dv=32, causal=True),
-    dict(batch=(2,), tq=1, tk=300, d=32, dv=32),
-    dict(batch=(2,), tq=40, tk=40, d=16, dv=16, dtype="float64"),
-    dict(batch=(2, 2), tq=40, tk=40, d=16, dv=16, dtype="float16", causal=True),
+    {"batch": (2, 3), "tq": 16, "tk": 16, "d": 8, "dv": 8},
+    {"batch": (2,), "tq": 50, "tk": 70, "d": 20, "dv": 12},
+    {"batch": (2, 2), "tq": 128, "tk": 128, "d": 64, "dv": 64, "causal": True, "heads_last": True},
+    {"batch": (1,), "tq": 100, "tk": 33, "d": 16, "dv": 24, "mask": "bool"},
+    {"batch": (3,), "tq": 49, "tk": 97, "d": 16, "dv": 40, "mask": "float"},
+    {"batch": (), "tq": 200, "tk": 200, "d": 32, "dv": 32, "causal": True},
+    {"batch": (2,), "tq": 1, "tk": 300, "d": 32, "dv": 32},
+    {"batch": (2,), "tq": 40, "tk": 40, "d": 16, "dv": 16, "dtype": "float64"},
+    {"batch": (2, 2), "tq": 40, "tk": 40, "d": 16, "dv": 16, "dtype": "float16", "causal": True},
 ]
 
 

@@ -255,8 +255,11 @@ def other_side(
     mine = next(r for r in known_roles if not r.startswith("b") and r != contracted)
     for left, right, at in ((mine, free, 0), (free, mine, 1)):
         parts = sides(v, left, right, contracted)
-        if parts is not None and v.inputs[at] is known and parts[at].roles == known_roles:
-            return parts[1 - at], parts[2]
+        if parts is None or v.inputs[at] is not known:
+            continue
+        mine_side, other = (parts[0], parts[1]) if at == 0 else (parts[1], parts[0])
+        if mine_side.roles == known_roles:
+            return other, parts[2]
     return None
 
 
@@ -444,7 +447,7 @@ def attention_kernel(builder: KernelBuilder, c: Cluster) -> Kernel:
             out.append(strides[group[-1]])
         return Access(full.buffer, tuple(out), full.offset)
 
-    found: dict[str, Access] = {}
+    found: dict[str, Any] = {}  # field of the kernel -> access
     axes = list(region.sizes)
     for name in at["operands"]:
         x, m = region.roles[name]
