@@ -32,7 +32,7 @@ class _Source:
 
     def __init__(self) -> None:
         self.lines: list[str] = []
-        self.names: dict[str, Any] = {"ndarray": np.ndarray}
+        self.names: dict[str, Any] = {"ndarray": np.ndarray, "asarray": np.asarray}
         self._known: dict[int, str] = {}
         self._count = 0
 
@@ -127,14 +127,15 @@ def _read(source: _Source, name: str, value: Any, leaves: list[str]) -> None:
             put(f"        {child} = {name}.{field}")
             _read(source, child, getattr(value, field), leaves)
     else:
-        _check_leaf(source, name, value)
-        leaves.append(name)
+        leaves.append(_check_leaf(source, name, value))
         if len(leaves) > _MAX_LEAVES:
             raise _Unsupported
 
 
-def _check_leaf(source: _Source, name: str, value: Any) -> None:
+def _check_leaf(source: _Source, name: str, value: Any) -> str:
+    """Emit the check of a leaf; returns the expression of what the executable gets."""
     kind = type(value)
+    leaf = name
     if kind is np.ndarray and value.dtype.isnative:
         # A dtype that is equal but another object is left to the general path.
         dtype, shape = source.ref(value.dtype), repr(tuple(map(int, value.shape)))
@@ -144,6 +145,10 @@ def _check_leaf(source: _Source, name: str, value: Any) -> None:
         test = f"type({name}) is not {source.ref(kind)} or {name}.dtype is not {dtype} or {name}.shape != {shape}"
     elif kind is float or kind is int:
         test = f"type({name}) is not {kind.__name__}"
+    elif (
+        isinstance(value, np.generic) and value.dtype.kind in "biuf"
+    ):  # the step count that an optimiser returned
+        test, leaf = f"type({name}) is not {source.ref(kind)}", f"asarray({name})"
     elif kind is bool:
         test = f"{name} is not {value}"
     elif kind is str:
@@ -151,6 +156,7 @@ def _check_leaf(source: _Source, name: str, value: Any) -> None:
     else:
         raise _Unsupported
     source.lines.append(f"        if {test}: return None")
+    return leaf
 
 
 def _entries(value: dict[Any, Any]) -> Sequence[Any]:
