@@ -290,10 +290,12 @@ def test_heat_maps_and_panels(driver):
         assert app.ui.mode == mode
         driver.settle(0.4)
     side = app.window.regions.side[2]
-    driver.key(pygame.K_m)
-    assert side > 0 and app.window.regions.side[2] == 0
-    driver.key(pygame.K_m)
-    assert app.window.regions.side[2] == side
+    line = app.window.regions.timeline[3]
+    sizes = []
+    for _ in range(3):
+        driver.key(pygame.K_m)
+        sizes.append((app.window.regions.side[2], app.window.regions.timeline[3]))
+    assert side > 0 and line > 0 and sizes == [(0, line), (0, 0), (side, line)]
 
 
 def test_kernel_overlay_and_code(driver):

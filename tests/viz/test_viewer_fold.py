@@ -141,14 +141,37 @@ def test_constants_stand_beside_each_user():
 
 
 def test_optimizer_nodes_are_grouped_by_parameter():
+    """At first one card per layer; opened, one scope per parameter under the layer that uses it."""
     model = parse_graph(synth.load("train_step"))
-    a = arrange(model)
-    updates = [it for it in a.items if it.phase == "optimizer" and it.kind == "group"]
-    assert len(updates) > 10
-    assert {"l0.wo", "l0.w1"} <= {it.label.replace(".l0", "l0") for it in updates} or any(
-        "wo" in it.label for it in updates
+    updates = [it for it in arrange(model).items if it.phase == "optimizer" and it.kind == "group"]
+    layer = next(it for it in updates if it.group == ("layer × 4",))
+    assert layer.label == "update" and "tensors" in layer.detail
+    opened = arrange(model, Choices(collapse=False))
+    paths = {it.path for it in opened.items if it.phase == "optimizer"}
+    assert len([p for p in paths if p[:1] == ("layer × 4",)]) > 10
+    assert any(p[-1].endswith("wo") for p in paths) and any(p[-1].endswith("w1") for p in paths)
+
+
+def test_updates_of_tensors_of_one_shape_stay_apart():
+    """The learning rate, broadcast to their common shape, is shared by both updates and belongs to neither."""
+    doc = graph(
+        ("input", [], "", {"name": "params.a.w"}),
+        ("input", [], "", {"name": "params.b.w"}),
+        ("input", [], "", {"name": "state.lr", "shape": []}),
+        ("mul", [0, 1], "a"),
+        ("mul", [3, 1], "b"),
+        ("mul", [4, 4], "b", {"grad_of": 4}),
+        ("mul", [2, 2], "optimizer/schedule", {"shape": []}),
+        ("broadcast_to", [6], "optimizer"),
+        ("mul", [5, 7], "optimizer"),
+        ("sub", [0, 8], "optimizer"),
+        ("mul", [3, 7], "optimizer"),
+        ("sub", [1, 10], "optimizer"),
     )
-    assert all(it.copies == 1 for it in updates)
+    a = arrange(parse_graph(doc), Choices(collapse=False))
+    path = [a.items[a.item_of[v]].path for v in (6, 9, 11)]
+    assert path == [("schedule",), ("a", "w"), ("a", "w (2)")] or path[1] != path[2]
+    assert path[0] == ("schedule",)
 
 
 def test_phases_and_gradient_links():
@@ -177,3 +200,43 @@ def test_phases_and_gradient_links():
 def test_bad_graphs_say_what_is_wrong(doc, words):
     with pytest.raises(GraphFormatError, match=words.replace("(", r"\(").replace(")", r"\)")):
         parse_graph(doc)
+
+
+# -- how much is shown at once -----------------------------------------------------------------------------------------
+def cards(a) -> int:
+    return sum(1 for it in a.items if it.category != "constant")
+
+
+@pytest.mark.parametrize("budget", [24, 60, 140, 400])
+def test_a_page_starts_with_about_as_many_cards_as_it_has_room_for(budget):
+    model = parse_graph(synth.load("train_step"))
+    least = cards(arrange(model, budget=1))
+    assert cards(arrange(model, budget=budget)) <= max(1.35 * budget, least)
+
+
+def test_more_room_opens_more():
+    model = parse_graph(synth.load("grad_step"))
+    counts = [cards(arrange(model, budget=b)) for b in (10, 40, 120, 500)]
+    assert counts == sorted(counts) and counts[-1] > 3 * counts[0]
+
+
+def test_equal_blocks_open_together_forward_and_gradient():
+    model = parse_graph(synth.load("grad_step"))
+    for budget in (30, 60, 90):
+        a = arrange(model, Choices(fold_repeats=False), budget=budget)
+        closed = {(it.phase, it.group) for it in a.items if it.kind == "group"}
+        for phase, path in closed:
+            twin = ("gradient" if phase == "forward" else "forward", path)
+            if phase != "optimizer" and twin in a.collapsible:
+                assert twin in closed, (budget, path)
+
+
+def test_a_scope_of_many_parameters_stands_for_them():
+    rows = [("input", [], "", {"name": "x"})]
+    for k in range(6):
+        rows += [("input", [], "", {"name": f"params.w{k}"}), ("mul", [len(rows) - 1, len(rows)], "block")]
+    model = parse_graph(graph(*rows))
+    shut = arrange(model, Choices(closed={("forward", ("block",))}))
+    assert [it.label for it in shut.items] == ["block", "x"]
+    assert min(shut.item_of) >= 0
+    assert len(arrange(model).items) == 13

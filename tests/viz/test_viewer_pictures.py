@@ -104,7 +104,9 @@ def test_cards_brighten_as_they_finish(small_session):
     item = next(
         int(i)
         for i in scene.shown
-        if scene.items[i].category == "contraction" and scene.item_start[i] > 0.2 * step.duration
+        if scene.items[i].kind == "node"
+        and scene.items[i].category == "contraction"
+        and scene.item_start[i] > 0.2 * step.duration
     )
     start, end = scene.item_start[item], scene.item_end[item]
     level = {}

@@ -13,8 +13,8 @@ from tracejit_viz.model import parse_graph
 from tracejit_viz.scene import ACTIVE, DONE, PENDING, Scene
 
 
-def tiny_session() -> Session:
-    """x -> mul -> exp -> sum: kernel 0 covers mul and exp (100..200 ns), kernel 1 covers sum (300..450 ns)."""
+def tiny_session(recomputed: tuple[int, ...] = ()) -> Session:
+    """x -> mul -> exp -> sum: kernel 7 covers mul and exp (100..200 ns), kernel 9 covers sum (300..450 ns)."""
     nodes = [
         {
             "id": 0,
@@ -41,7 +41,7 @@ def tiny_session() -> Session:
     ]
     kernels = [
         {"id": 7, "name": "mul_exp", "kind": "loop", "nodes": [1, 2], "bytes": 3200, "flops": 6400},
-        {"id": 9, "name": "sum", "kind": "loop", "nodes": [3], "bytes": 20, "flops": 4},
+        {"id": 9, "name": "sum", "kind": "loop", "nodes": [*recomputed, 3], "bytes": 20, "flops": 4},
     ]
     graph = {
         "format": "tracejit-graph",
@@ -79,7 +79,13 @@ def test_state_follows_the_kernels():
     s.add_step(step())
     scene = Scene(s)
     scene.use_step(s.last)
-    assert states(scene, 0) == {"x": DONE, "mul": PENDING, "exp": PENDING, "sum": PENDING, "reshape": PENDING}
+    assert states(scene, 0) == {
+        "x": PENDING,
+        "mul": PENDING,
+        "exp": PENDING,
+        "sum": PENDING,
+        "reshape": PENDING,
+    }
     assert states(scene, 150) == {"x": DONE, "mul": ACTIVE, "exp": ACTIVE, "sum": PENDING, "reshape": PENDING}
     assert states(scene, 250)["exp"] == DONE
     assert states(scene, 300)["sum"] == ACTIVE
@@ -88,11 +94,21 @@ def test_state_follows_the_kernels():
 
 
 def test_nodes_without_a_kernel_are_ready_with_what_they_read():
+    """A view is ready with its source; an input lights up with the first kernel that reads it."""
     s = tiny_session()
     s.add_step(step())
     start, end = s.node_times(s.last)
-    assert (start[0], end[0]) == (0.0, 0.0)
+    assert (start[0], end[0]) == (100.0, 100.0)
     assert (start[4], end[4]) == (450.0, 450.0)
+
+
+def test_a_node_that_two_kernels_compute_ran_in_the_first():
+    """Cheap nodes are recomputed where they are used, in the gradient too: they do not run all the time between."""
+    s = tiny_session(recomputed=(1,))
+    s.add_step(step())
+    start, end = s.node_times(s.last)
+    assert (start[1], end[1]) == (100.0, 200.0)
+    assert (start[3], end[3]) == (300.0, 450.0)
 
 
 def test_without_steps_everything_counts_as_done():
@@ -154,16 +170,19 @@ def test_gradient_partners_are_mutual(grad_session):
     [
         ("matmul", lambda it, n: it.label == "matmul"),
         ("mlp dot_general", lambda it, n: "mlp" in n.scope and n.op == "dot_general"),
-        ("2x64x128", lambda it, n: True),
-        ("gradient exp", lambda it, n: True),
-        ("int32", lambda it, n: True),
+        ("2x64x128", lambda it, n: n.shape == (2, 64, 128)),
+        ("gradient exp", lambda it, n: n.phase == "gradient" and "exp" in n.op),
+        ("int32", lambda it, n: n.dtype == "int32"),
     ],
 )
-def test_search(grad_session, query, check):
-    scene = Scene(grad_session)
+@pytest.mark.parametrize("collapse", [None, False])
+def test_search(grad_session, query, check, collapse):
+    """A card is found when one of its nodes matches every word, however much it stands for."""
+    scene = Scene(grad_session, Choices(collapse=collapse))
     found = scene.search(query)
-    assert all(check(scene.items[i], scene.model.nodes[scene.items[i].head]) for i in found)
-    assert found or query == "gradient exp"
+    nodes = scene.model.nodes
+    assert all(any(check(scene.items[i], nodes[v]) for v in scene.items[i].nodes) for i in found)
+    assert found or query in ("gradient exp", "matmul")
 
 
 def test_search_for_nothing_finds_nothing(grad_session):

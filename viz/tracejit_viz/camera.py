@@ -21,7 +21,7 @@ class Camera:
     _start: float = 0.0
 
     def fit(
-        self, rect: tuple[float, float, float, float], view: tuple[float, float], margin: float = 34.0
+        self, rect: tuple[float, float, float, float], view: tuple[float, float], margin: float = 22.0
     ) -> None:
         """Show a whole rectangle."""
         self._to = None
@@ -31,7 +31,7 @@ class Camera:
     def fitted(
         rect: tuple[float, float, float, float],
         view: tuple[float, float],
-        margin: float = 34.0,
+        margin: float = 22.0,
         most: float = 1.6,
     ) -> tuple[float, float, float]:
         """Centre and zoom that show a rectangle."""

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from .errors import ViewerError
+from .ui import PANELS
 
 
 def _size(text: str) -> tuple[int, int]:
@@ -93,7 +94,7 @@ def main_export(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--select", default="", metavar="TEXT", help="select the first card that matches")
     parser.add_argument("--program", default="", metavar="NAME", help="which program of the recording")
-    parser.add_argument("--no-panels", action="store_true", help="the graph only")
+    parser.add_argument("--panels", choices=PANELS, default="all", help="what is shown beside the graph")
     parser.add_argument("--unfold", action="store_true", help="draw every repeated block")
     o = parser.parse_args(argv)
     if not 1 <= o.fps <= 60:
@@ -116,7 +117,7 @@ def main_export(argv: Sequence[str] | None = None) -> int:
             o.show,
             mode,
             o.select,
-            not o.no_panels,
+            o.panels,
             o.program,
             o.unfold,
         )

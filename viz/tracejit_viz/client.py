@@ -35,6 +35,9 @@ GIVE_UP = 15.0  # seconds to wait for a viewer that was started
 EXIT_WAIT = 6.0  # seconds granted at exit to hand over the last step
 QUEUE_LIMIT = 64 << 20
 
+#: Viewers started by this process. They outlive their observers, so somebody has to keep (and reap) the handles.
+_STARTED: list[subprocess.Popen[bytes]] = []
+
 
 def has_display() -> bool:
     """Whether a window can be opened: always tried on macOS and Windows, a display server needed elsewhere."""
@@ -62,7 +65,7 @@ def start_viewer(directory: Path) -> subprocess.Popen[bytes]:
     log = open(directory / "viewer.log", "wb")  # noqa: SIM115 - handed to the child
     try:
         flags: dict[str, Any] = {"creationflags": 0x208} if os.name == "nt" else {"start_new_session": True}
-        return subprocess.Popen(
+        process = subprocess.Popen(
             [sys.executable, "-m", "tracejit_viz.live"],
             stdin=subprocess.DEVNULL,
             stdout=log,
@@ -70,6 +73,9 @@ def start_viewer(directory: Path) -> subprocess.Popen[bytes]:
             env=env,
             **flags,
         )
+        _STARTED[:] = [p for p in _STARTED if p.poll() is None]
+        _STARTED.append(process)
+        return process
     finally:
         log.close()
 

@@ -41,7 +41,7 @@ class Shot:
     show: str = "both"
     mode: str = "op"
     select: str = ""
-    panels: bool = True
+    panels: str = "all"
     program: str = ""
     unfold: bool = False
 

@@ -12,21 +12,8 @@ from dataclasses import dataclass, field
 
 from .labels import composite_category, constant_text, node_label, shape_text, short_name
 from .model import GRADIENT, OPTIMIZER, GraphModel, Node
-from .scopes import SHARED, Fold, Path, Placed, apply_folds, find_folds, home_scopes, optimizer_scopes
-
-#: Up to this many visible nodes everything is shown; above it composites (softmax, layer_norm, ...) start collapsed,
-#: above ``COLLAPSE_ALL_ABOVE`` every innermost scope does.
-COLLAPSE_ABOVE = 40
-COLLAPSE_ALL_ABOVE = 420
-#: Below this many computed nodes repeated blocks start unfolded.
-FOLD_ABOVE = 260
-CHUNK = 320  # a scope with more direct children than this is cut into numbered parts
-
-_COMPOSITE = re.compile(
-    r"^(ln|(layer|rms|batch|group)?_?norm|(log_)?softmax|logsumexp|gelu|silu|swish|elu|selu|softplus|sigmoid|relu|"
-    r"dropout|cross_entropy|mse(_loss)?|mean|var|std|embedding|one_hot|clip_by.*|max_pool2d|avg_pool2d)"
-    r"(_?\d+|_f)?( #\d+)?$"
-)
+from .outline import ABSORB_ABOVE, Outline, closed_groups, outline
+from .scopes import Fold, Path, Placed, is_composite
 
 
 @dataclass(slots=True)
@@ -74,81 +61,25 @@ class Arrangement:
     collapsible: set[tuple[str, Path]]
 
 
-def arrange(model: GraphModel, choices: Choices | None = None) -> Arrangement:
-    """Decide the cards. Deterministic in the graph and the choices."""
+def arrange(
+    model: GraphModel, choices: Choices | None = None, budget: int = 140, tree: Outline | None = None
+) -> Arrangement:
+    """Decide the cards; about ``budget`` of them unless the user's choices ask for more. Deterministic."""
     choices = choices or Choices()
-    computed = sum(1 for n in model.nodes if not n.is_source and n.phase != OPTIMIZER)
-    fold_on = choices.fold_repeats if choices.fold_repeats is not None else computed > FOLD_ABOVE
-    scope = home_scopes(model)
-    folds = find_folds(model, scope) if fold_on else {}
-    placed = apply_folds(model, scope, folds)
-    optimizer_scopes(model, placed)
-    _chunk_flat(model, placed.shown)
-    closed, collapsible = _closed_groups(model, placed, choices)
-    builder = _Builder(model, placed, closed)
+    tree = tree or outline(model, choices)
+    builder = _Builder(model, tree.placed, closed_groups(tree, choices, budget), tree)
     builder.build()
     _merge_single_scopes(builder.items)
-    return Arrangement(builder.items, builder.links, builder.item_of, folds, collapsible)
-
-
-def _chunk_flat(model: GraphModel, shown: list[Path]) -> None:
-    """Cut scopes with too many direct nodes into numbered parts, in execution order."""
-    direct: dict[tuple[str, Path], list[int]] = defaultdict(list)
-    for n in model.nodes:
-        if not n.is_source:
-            direct[n.phase, shown[n.id]].append(n.id)
-    for (_, path), ids in direct.items():
-        if len(ids) > CHUNK:
-            for k, v in enumerate(ids):
-                a = k // CHUNK * CHUNK
-                shown[v] = (*path, f"ops {a + 1}–{min(a + CHUNK, len(ids))}")
-
-
-def _closed_groups(
-    model: GraphModel, placed: Placed, choices: Choices
-) -> tuple[set[tuple[str, Path]], set[tuple[str, Path]]]:
-    """Which scopes start as one card, and which could be."""
-    seen: dict[tuple[str, Path], set[object]] = defaultdict(set)
-    parents: set[tuple[str, Path]] = set()
-    for n in model.nodes:
-        if n.is_source:
-            continue
-        path = placed.shown[n.id]
-        key = placed.merge[n.id]
-        for i in range(1, len(path) + 1):
-            seen[n.phase, path[:i]].add(n.id if key is None else key)
-            if i > 1:
-                parents.add((n.phase, path[: i - 1]))
-    count = {g: len(keys) for g, keys in seen.items()}
-    visible = sum(c for (phase, path), c in count.items() if len(path) == 1 and phase != OPTIMIZER)
-    collapsible = {g for g, c in count.items() if c > 1}
-    closed: set[tuple[str, Path]] = set()
-    if choices.collapse is not False:
-        forced = choices.collapse is True
-        for g in collapsible:
-            phase, path = g
-            if g in parents and not _COMPOSITE.match(path[-1]):
-                continue
-            if path[-1].startswith("ops "):
-                continue
-            if phase == OPTIMIZER:
-                if count[g] > 2:
-                    closed.add(g)
-            elif _COMPOSITE.match(path[-1]):
-                if forced or visible > COLLAPSE_ABOVE:
-                    closed.add(g)
-            elif (forced or visible > COLLAPSE_ALL_ABOVE) and len(path) > 1:
-                closed.add(g)
-    closed |= choices.closed & collapsible
-    closed -= choices.opened
-    return closed, collapsible
+    return Arrangement(builder.items, builder.links, builder.item_of, tree.folds, tree.collapsible)
 
 
 class _Builder:
     """Makes items and the edges between them."""
 
-    def __init__(self, model: GraphModel, placed: Placed, closed: set[tuple[str, Path]]) -> None:
-        self.model, self.placed, self.closed = model, placed, closed
+    def __init__(
+        self, model: GraphModel, placed: Placed, closed: set[tuple[str, Path]], tree: Outline
+    ) -> None:
+        self.model, self.placed, self.closed, self.tree = model, placed, closed, tree
         self.items: list[Item] = []
         self.behind: list[list[int]] = []
         self.item_of = [-1] * len(model.nodes)
@@ -180,7 +111,24 @@ class _Builder:
             if not n.is_source:
                 self._connect(n)
         for item, ids in zip(self.items, self.behind):
-            _describe(item, ids, self.model)
+            _describe(item, ids, self.model, self._title(item), self._leaves(item.phase, item.group))
+
+    def _title(self, it: Item) -> str:
+        """What a collapsed scope is called: ``norm1 / layer_norm`` goes by the name the field knows."""
+        if it.kind != "group":
+            return ""
+        path = it.group
+        while True:
+            m = self.tree.measure[it.phase, path]
+            child = next(iter(m.children), None)
+            if m.direct or len(m.children) != 1 or child is None or not is_composite(child[-1]):
+                return path[-1]
+            path = child
+
+    def _leaves(self, phase: str, path: Path) -> int:
+        """Innermost scopes below one: for the optimiser, the tensors it updates there. 0 when it has none below."""
+        m = self.tree.measure.get((phase, path)) if path else None
+        return sum(self._leaves(phase, c) or 1 for c in m.children) if m else 0
 
     def _closed_prefix(self, phase: str, path: Path) -> Path | None:
         for i in range(1, len(path) + 1):
@@ -226,8 +174,8 @@ class _Builder:
             self._place_constant(n, users)
             return
         first = self.items[self.item_of[users[0]]]
-        if n.phase == OPTIMIZER and first.kind == "group" and n.size > 1:
-            self.item_of[n.id] = first.index  # optimiser state belongs to the update that owns it
+        if first.kind == "group" and self._absorbs(first, n):
+            self.item_of[n.id] = first.index
             self.behind[first.index].append(n.id)
             return
         home = first.path if first.kind == "node" or first.path != first.group else first.group
@@ -242,6 +190,14 @@ class _Builder:
         for u in users:
             if self.item_of[u] != i:
                 self.links.setdefault((i, self.item_of[u]), (n.id, u))
+
+    def _absorbs(self, card: Item, n: Node) -> bool:
+        """Optimiser state belongs to the update that owns it; a scope of many parameters stands for them too."""
+        if n.phase == OPTIMIZER:
+            return n.size > 1
+        if n.category != "parameter":
+            return False
+        return self.tree.measure[card.phase, card.group].all_pills > ABSORB_ABOVE
 
     def _place_constant(self, n: Node, users: list[int]) -> None:
         root = self.model.nodes[n.constant if n.constant is not None else n.id]
@@ -285,7 +241,7 @@ def _merge_single_scopes(items: list[Item]) -> None:
                     it.path = (*it.path[: i - 1], *it.path[i:])
 
 
-def _describe(it: Item, ids: list[int], model: GraphModel) -> None:
+def _describe(it: Item, ids: list[int], model: GraphModel, title: str, tensors: int) -> None:
     """Label, detail line, category and size of a card."""
     nodes = model.nodes
     it.nodes = tuple(dict.fromkeys(ids))
@@ -293,21 +249,24 @@ def _describe(it: Item, ids: list[int], model: GraphModel) -> None:
         own = [v for v in it.nodes if not nodes[v].is_source]
         it.nodes = tuple(sorted(it.nodes))
         it.head = max(own, default=it.nodes[-1])
-        _describe_group(it, [nodes[v] for v in own], nodes[it.head], model)
+        _describe_group(it, title, tensors, [nodes[v] for v in own], nodes[it.head], model)
     else:
         it.head = it.nodes[0]
         _describe_node(it, nodes[it.head], model)
     it.width = round(it.width)
 
 
-def _describe_group(it: Item, own: list[Node], head: Node, model: GraphModel) -> None:
-    name = it.group[-1]
+def _describe_group(
+    it: Item, name: str, tensors: int, own: list[Node], head: Node, model: GraphModel
+) -> None:
     it.label = name if it.phase != GRADIENT else f"{name}′"
     it.detail = shape_text(head.shape) or "scalar"
     if it.phase == OPTIMIZER:
-        it.label = name
-        it.detail = f"{len(own)} ops" if name == SHARED else f"update · {len(own)} ops"
         it.category = "elementwise"
+        if tensors:
+            it.label, it.detail = "update", f"{tensors} tensor{'s' * (tensors != 1)}"
+        else:
+            it.detail = f"{len(own)} ops"
     else:
         it.category = composite_category(name.partition(" #")[0], [n.category for n in own], model.ops)
     if model.loss is not None and model.loss in it.nodes:

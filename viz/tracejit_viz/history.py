@@ -162,7 +162,7 @@ class Session:
     def node_times(self, step: Step) -> tuple[np.ndarray, np.ndarray]:
         """When each node ran in a step: (start, end) in ns from its begin.
 
-        Nodes covered by no kernel (inputs, constants, views folded into their users) are ready when what they read is.
+        Views folded into their users are ready when what they read is; inputs and constants when they are first used.
         """
         n = len(self.model.nodes)
         start = np.full(n, np.inf)
@@ -177,19 +177,24 @@ class Session:
         slots = np.array([self.slot.get(int(k), -1) for k in step.kernels], np.int64)
         ok = slots >= 0
         slots, s, e = slots[ok], step.start[ok].astype(float), step.end[ok].astype(float)
-        if len(slots):
+        if len(
+            slots
+        ):  # a node that several kernels compute (recomputed where it is used) ran in the first of them
+            late_first = np.argsort(-s, kind="stable")
+            slots, s, e = slots[late_first], s[late_first], e[late_first]
             counts = self._offset[slots + 1] - self._offset[slots]
             which = np.repeat(np.arange(len(slots)), counts)
             base = np.repeat(self._offset[slots], counts)
             within = np.arange(len(which)) - np.repeat(np.cumsum(counts) - counts, counts)
             nodes = self._covered[base + within]
-            np.minimum.at(start, nodes, s[which])
-            np.maximum.at(end, nodes, e[which])
-        bare = np.flatnonzero(~np.isfinite(start))
-        for v in bare:
-            node = self.model.nodes[v]
-            ready = max((end[u] for u in node.inputs), default=0.0)
-            start[v] = end[v] = max(0.0, ready)
+            start[nodes], end[nodes] = s[which], e[which]
+        for node in self.model.nodes:
+            if not np.isfinite(start[node.id]) and not node.is_source:
+                read = [end[u] for u in node.inputs if np.isfinite(end[u])]
+                start[node.id] = end[node.id] = max(read, default=0.0)
+        for node in reversed(self.model.nodes):  # inputs and constants light up with what first uses them
+            if node.is_source:
+                start[node.id] = end[node.id] = min((start[u] for u in node.users), default=0.0)
         return start, end
 
     def timing(self, slots: Sequence[int]) -> Timing | None:

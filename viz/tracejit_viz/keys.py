@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING
 
 import pygame
 
+from .ui import PANELS
+
 if TYPE_CHECKING:
     from .app import App
 
@@ -92,7 +94,7 @@ def press(app: App, event: pygame.event.Event, now: float) -> None:
         app.rebuild()
         app.toast("composites opened" if closed else "composites collapsed", now, 1.5)
     elif key == pygame.K_m:
-        ui.panels = not ui.panels
+        ui.panels = PANELS[(PANELS.index(ui.panels) + 1) % 3]
         app.window.layout(app.screen.get_size(), ui.panels)
         if app._fitted:
             app.fit(None)

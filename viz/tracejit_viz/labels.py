@@ -126,7 +126,7 @@ def composite_category(name: str, categories: Iterable[str], ops: Mapping[str, M
     for words, category in (
         (("loss", "cross_entropy", "mse"), "loss"),
         (("norm", "ln"), "norm"),
-        (("softmax", "logsumexp", "mean", "sum", "var"), "reduction"),
+        (("softmax", "logsumexp", "mean", "sum", "var", "pool"), "reduction"),
         (("gelu", "relu", "silu", "tanh", "sigmoid", "elu", "act"), "activation"),
         (("head", "view", "split", "merge", "reshape"), "view" if not low.startswith("head") else ""),
     ):

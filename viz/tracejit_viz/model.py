@@ -6,13 +6,17 @@ tracejit. A bad document raises :class:`GraphFormatError` that names the node at
 
 from __future__ import annotations
 
+import base64
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+
 from .errors import GraphFormatError
 
+MAX_NUMBERS = 64  # kept of a constant array
 FORWARD, GRADIENT, OPTIMIZER = "forward", "gradient", "optimizer"
 PHASES = (FORWARD, GRADIENT, OPTIMIZER)
 
@@ -164,7 +168,7 @@ def _parse_node(i: int, raw: Any) -> Node:
         id=i,
         op=raw["op"],
         inputs=inputs,
-        attrs=dict(attrs) if isinstance(attrs, Mapping) else {},
+        attrs={str(k): _plain_value(v) for k, v in attrs.items()} if isinstance(attrs, Mapping) else {},
         shape=_as_shape(raw.get("shape") or (), where),
         dtype=str(raw.get("dtype") or "?"),
         scope=tuple(p for p in str(raw.get("scope") or "").split("/") if p),
@@ -172,6 +176,20 @@ def _parse_node(i: int, raw: Any) -> Node:
         source=str(raw.get("source") or ""),
         grad_of=grad_of,
     )
+
+
+def _plain_value(value: Any) -> Any:
+    """An attribute without the wrapping JSON needs: ``{"float": "-inf"}`` is a float, an array its numbers."""
+    if isinstance(value, Mapping) and value.get("float") in ("nan", "inf", "-inf"):
+        return float(value["float"])
+    array = value.get("array") if isinstance(value, Mapping) else None
+    if isinstance(array, Mapping):
+        try:
+            numbers = np.frombuffer(base64.b64decode(array["data"]), array["dtype"])
+        except (KeyError, TypeError, ValueError):
+            return "array"
+        return numbers[:MAX_NUMBERS].tolist()
+    return value
 
 
 def _find_constants(model: GraphModel) -> None:

@@ -16,9 +16,13 @@ from .fold import Arrangement, Choices, Item, arrange
 from .history import Session, Step
 from .layout.compound import LayoutCache, Waypoint
 from .layout.score import Page, layout_page
-from .model import FORWARD, GRADIENT, OPTIMIZER, PHASES
+from .model import FORWARD, GRADIENT, OPTIMIZER, PHASES, Node
+from .outline import FEWEST, card_budget, outline
 
 PENDING, ACTIVE, DONE = 0, 1, 2
+READABLE = 0.5  # pixels per page unit at which a card's name can be read
+ATTEMPTS = 5
+HOPELESS = 1500  # cards of a page that is not tried again with fewer
 
 SHOW = {
     "forward": (FORWARD,),
@@ -56,20 +60,18 @@ class Scene:
         self.cache = cache or LayoutCache()
         self.version = 0
         self._timed: Step | None = None
+        self._tree_key: object = None
+        self._hay: list[str] | None = None
+        self._budget: dict[str, int] = {}
         self.rebuild()
 
     # -- layout ----------------------------------------------------------------------------------------------------
     def rebuild(self) -> None:
         """Arrange and lay out again after a change of choices."""
-        self.arrangement: Arrangement = arrange(self.model, self.choices)
-        phases = SHOW[self.show]
-        present = {it.phase for it in self.arrangement.items}
-        if not present & set(phases):
-            phases = PHASES
-        edges = list(self.arrangement.edges)
-        self.page: Page = layout_page(
-            self.arrangement.items, edges, phases=phases, view=self.view, cache=self.cache
-        )
+        key = (self.choices.fold_repeats, id(self.model))
+        if key != self._tree_key:
+            self._tree_key, self._tree, self._budget = key, outline(self.model, self.choices), {}
+        self._arrange()
         self.items: list[Item] = self.arrangement.items
         shown = sorted(self.page.items)
         self.shown = np.array(shown, np.int64)
@@ -90,6 +92,44 @@ class Scene:
         self._item_count = np.array([len(it.nodes) for it in self.items], np.float64)
         self._timed = None
         self.version += 1
+
+    def _arrange(self) -> None:
+        """Cards and their places. The first time, with as many cards as can be read; later with the same number."""
+        chosen = self._budget.get(self.show)
+        budget = chosen or card_budget(self.view)
+        fits: tuple[int, Arrangement, Page] | None = None  # the most cards that can be read
+        least: tuple[float, int, Arrangement, Page] | None = None  # else the largest scale
+        too_many = 0
+        for _ in range(ATTEMPTS):
+            arrangement = arrange(self.model, self.choices, budget, self._tree)
+            page = self._lay_out(arrangement)
+            scale = min(self.view[0] / (page.width + 60), self.view[1] / (page.height + 60))
+            if least is None or scale > least[0]:
+                least = (scale, budget, arrangement, page)
+            if scale >= READABLE:
+                fits = (budget, arrangement, page)
+            else:
+                too_many = min(budget, len(page.items))
+            if chosen or self.choices.collapse is False or len(page.items) > HOPELESS or not too_many:
+                break
+            known = fits[0] if fits else FEWEST
+            if too_many - known < 0.12 * known:
+                break
+            wanted = (
+                int(too_many * min(0.85, (scale / READABLE) ** 1.5)) if not fits else (known + too_many) // 2
+            )
+            budget = max(FEWEST, wanted)
+        assert least is not None
+        best = fits or least[1:]
+        self._budget[self.show], self.arrangement, self.page = best
+
+    def _lay_out(self, arrangement: Arrangement) -> Page:
+        phases = SHOW[self.show]
+        if not {it.phase for it in arrangement.items} & set(phases):
+            phases = PHASES
+        return layout_page(
+            arrangement.items, list(arrangement.edges), phases=phases, view=self.view, cache=self.cache
+        )
 
     def _sample_wires(self) -> None:
         """Every wire as a smooth polyline in page coordinates (one vectorised Bezier evaluation per length class)."""
@@ -240,18 +280,17 @@ class Scene:
 
     def search(self, text: str) -> list[int]:
         """Cards that match every word by op, name, scope, shape (``8x64`` or ``8,64``), dtype or source line."""
-        words = [w for w in text.lower().split() if w]
+        words = text.lower().split()
         if not words:
             return []
-        out = []
+        if self._hay is None:
+            self._hay = [_searchable(n) for n in self.model.nodes]
+        hay, out = self._hay, []
         for i in self.shown:
             it = self.items[int(i)]
-            hay = [it.label.lower(), it.category, it.phase, "/".join(it.path).lower()]
-            for v in it.nodes[:64]:
-                n = self.model.nodes[v]
-                hay += [n.op.lower(), n.name.lower(), n.dtype, "/".join(n.scope).lower(), n.source.lower()]
-                hay += ["x".join(map(str, n.shape)), ",".join(map(str, n.shape)), f"#{n.id}"]
-            if all(any(w in h for h in hay) for w in words):
+            own = f"{it.label.lower()} {it.category} {it.phase} {'/'.join(it.path).lower()}"
+            left = [w for w in words if w not in own]
+            if not left or any(all(w in hay[v] for w in left) for v in it.nodes):
                 out.append(int(i))
         return out
 
@@ -282,3 +321,10 @@ class Scene:
     def cell_seconds(self, per_item: np.ndarray, items: Sequence[int]) -> float:
         """Seconds of all cards of a cell."""
         return float(per_item[list(items)].sum()) if len(items) else 0.0
+
+
+def _searchable(n: Node) -> str:
+    """Everything a node can be found by, in lower case."""
+    by_x, by_comma = "x".join(map(str, n.shape)), ",".join(map(str, n.shape))
+    text = f"{n.op} {n.name} {n.dtype} {'/'.join(n.scope)} {n.source} {by_x} {by_comma} #{n.id}"
+    return text.lower()

@@ -20,6 +20,11 @@ Path = tuple[str, ...]
 SHARED = "shared scalars"
 ALIKE = 0.8  # two blocks are repeats when this part of their forward ops agree
 
+_COMPOSITE = re.compile(
+    r"^(ln|(layer|rms|batch|group)?_?norm|(log_)?softmax|logsumexp|gelu|silu|swish|elu|selu|softplus|sigmoid|relu|"
+    r"dropout|cross_entropy|mse(_loss)?|mean|var|std|embedding|one_hot|clip_by.*|max_pool2d|avg_pool2d|linear|"
+    r"conv[123]d)(_?\d+|_f)?( #\d+)?$"
+)
 _TRAILING = re.compile(r"[\[._-]?\d+\]?$")
 
 
@@ -36,6 +41,11 @@ def stem_of(name: str) -> str:
     return name if "#" in name else _TRAILING.sub("", name) or name
 
 
+def is_composite(name: str) -> bool:
+    """True for scopes that have a name of their own in the field: read as one operation, opened only on demand."""
+    return bool(_COMPOSITE.match(name))
+
+
 def home_scopes(model: GraphModel) -> list[Path]:
     """Scope path of every forward and gradient node."""
     nodes = model.nodes
@@ -48,15 +58,19 @@ def home_scopes(model: GraphModel) -> list[Path]:
             read = [s for s in n.inputs if not nodes[s].is_source and scope[s]]
             near = [s for s in read if nodes[s].phase == n.phase] or read
             if near:
-                scope[n.id] = scope[near[-1]][:1]
+                scope[n.id] = _beside(scope[near[-1]])
     for n in reversed(nodes):
         if not scope[n.id] and n.users and n.phase != OPTIMIZER:
-            near = [u for u in n.users if nodes[u].phase == n.phase and scope[u]] or [
-                u for u in n.users if scope[u]
-            ]
+            named = [u for u in n.users if scope[u] and nodes[u].phase != OPTIMIZER]
+            near = [u for u in named if nodes[u].phase == n.phase] or named
             if near:
-                scope[n.id] = scope[min(near)] if n.is_source else scope[min(near)][:1]
+                scope[n.id] = scope[min(near)] if n.is_source else _beside(scope[min(near)])
     return scope
+
+
+def _beside(scope: Path) -> Path:
+    """Where a node without a scope goes: into the layer next to it, but never into a ``relu`` or ``softmax``."""
+    return () if not scope or is_composite(scope[0]) else scope[:1]
 
 
 def split_instances(model: GraphModel, scope: list[Path]) -> None:
@@ -192,19 +206,16 @@ def _match_gradients(model: GraphModel, placed: Placed, key: object, members: li
 
 
 def optimizer_scopes(model: GraphModel, placed: Placed) -> None:
-    """One scope per updated parameter, named after it; scalars shared by all updates in a scope of their own.
+    """Updates go under the scope whose parameter they change, then under its name: ``block0 / attn / q.weight``.
 
-    Updates of the parameters of folded blocks are folded with them.
+    What serves all updates (learning rate schedule, global norm, step count) keeps the name of its own scope. Updates of
+    the parameters of folded blocks are folded with them.
     """
     nodes = model.nodes
     update = [n for n in nodes if n.phase == OPTIMIZER and not n.is_source]
     if not update:
         return
-    scalar = [False] * len(nodes)
-    for n in nodes:
-        scalar[n.id] = n.constant is not None or (
-            n.size == 1 if not n.inputs else all(scalar[s] for s in n.inputs)
-        )
+    shared = _shared_by_updates(model)
     parent: dict[int, int] = {}
 
     def find(v: int) -> int:
@@ -214,47 +225,61 @@ def optimizer_scopes(model: GraphModel, placed: Placed) -> None:
         return v
 
     for n in update:  # join through tensors, never through scalars (learning rate, step count, global norm)
-        if scalar[n.id] or (n.size == 1 and len(n.users) != 1):
+        if shared[n.id]:
             continue
         parent.setdefault(n.id, n.id)
         for s in n.inputs:
-            if scalar[s] or (nodes[s].size == 1 and nodes[s].phase == OPTIMIZER):
-                continue
-            parent.setdefault(s, s)
-            parent[find(n.id)] = find(s)
+            if not shared[s]:
+                parent.setdefault(s, s)
+                parent[find(n.id)] = find(s)
     groups: dict[int, list[Node]] = defaultdict(list)
     for v in parent:
         groups[find(v)].append(nodes[v])
-    taken: Counter[str] = Counter()
-    label_of: dict[int, tuple[str, int, int]] = {}  # root -> (name, repeat, number of the group)
+    taken: Counter[Path] = Counter()
+    label_of: dict[int, tuple[Path, int, int]] = {}  # root -> (path, repeat, number of the group)
     for number, (root, group) in enumerate(sorted(groups.items(), key=lambda kv: min(n.id for n in kv[1]))):
         group.sort(key=lambda n: n.id)
         named = [n for n in group if n.op == "input" and n.name]
         forward = [n for n in named if any(nodes[u].phase == FORWARD for u in n.users)]
         chosen = (forward or named or group)[0]
         first = min((u for u in chosen.users if nodes[u].phase == FORWARD), default=None)
+        home = placed.shown[first][:2] if first is not None else ()
         repeat = placed.member[first] if first is not None else -1
         if repeat >= 0:
-            label_of[root] = (short_stem(chosen.name) or "update", repeat, number)
+            label_of[root] = ((*home, short_stem(chosen.name) or "update"), repeat, number)
             continue
-        names = [short_name(chosen.name, parts) or "update" for parts in (2, 3, 4)]
-        label = next((name for name in names if not taken[name]), names[-1])
-        taken[label] += 1
-        label_of[root] = (label if taken[label] == 1 else f"{label} ({taken[label]})", -1, number)
-    repeats: Counter[tuple[str, int]] = Counter()
+        paths = [(*home, short_name(chosen.name, parts) or "update") for parts in (1, 2, 3, 4)]
+        path = next((p for p in paths if not taken[p] and not p[-1].isdigit()), paths[-1])
+        taken[path] += 1
+        if taken[path] > 1:
+            path = (*path[:-1], f"{path[-1]} ({taken[path]})")
+        label_of[root] = (path, -1, number)
     seen: dict[tuple[int, tuple[int, ...], str], int] = {}
     for n in update:
         if n.id not in parent:
-            placed.shown[n.id] = (SHARED,)
+            placed.shown[n.id] = (n.scope[1] if len(n.scope) > 1 else SHARED,)
             continue
-        label, repeat, number = label_of[find(n.id)]
-        placed.shown[n.id] = (label,)
+        path, repeat, number = label_of[find(n.id)]
+        placed.shown[n.id] = path
         if repeat >= 0:
             key = (number, n.shape, n.op)
             k = seen[key] = seen.get(key, -1) + 1
-            repeats[label, repeat] += 1
-            placed.merge[n.id] = ("update", label, n.op, n.shape, k)
+            placed.merge[n.id] = ("update", path, n.op, n.shape, k)
             placed.member[n.id] = repeat
     for n in reversed(nodes):
         if n.is_source and n.phase == OPTIMIZER and n.users:
             placed.shown[n.id] = placed.shown[n.users[0]]
+
+
+def _shared_by_updates(model: GraphModel) -> list[bool]:
+    """Scalars, tensors filled from scalars, and what the optimiser reduces to a scalar: of no one parameter."""
+    nodes = model.nodes
+    shared = [False] * len(nodes)
+    for n in nodes:
+        if n.constant is not None:
+            shared[n.id] = True
+        elif not n.inputs:
+            shared[n.id] = n.size == 1
+        elif n.phase == OPTIMIZER:
+            shared[n.id] = n.size == 1 or all(shared[s] for s in n.inputs)
+    return shared

@@ -40,7 +40,7 @@ SHORTCUTS = (
     ("N", "jump to the first NaN / Inf"),
     ("Tab", "next program or trainer"),
     ("S", "screenshot;  Shift S: record a GIF"),
-    ("M", "show / hide the panels"),
+    ("M", "all panels / the timeline only / none"),
     ("Esc", "clear; close"),
     ("?", "this sheet"),
 )
@@ -57,11 +57,16 @@ class Regions:
     legend: Rect4
 
 
-def divide(w: int, h: int, panels: bool = True) -> Regions:
-    """Split a window into regions (x, y, w, h); absent ones have no area."""
+PANELS = ("all", "timeline", "none")
+
+
+def divide(w: int, h: int, panels: str = "all") -> Regions:
+    """Split a window into regions (x, y, w, h); absent ones have no area. ``panels`` is one of :data:`PANELS`."""
     top = 60 if h >= 420 else (38 if h >= 140 else 0)
-    side = 348 if w >= 1000 and h >= 420 and panels else 0
-    line = 176 if h >= 560 and w >= 420 and panels else (96 if h >= 380 and panels else 0)
+    side = 348 if w >= 1000 and h >= 420 and panels == "all" else 0
+    line = 176 if h >= 560 and w >= 420 else 96 if h >= 380 else 0
+    if panels == "none":
+        line = 0
     legend = 26 if line and w - side >= 560 else 0
     inner = w - side
     return Regions(
@@ -100,7 +105,7 @@ class UiState:
     code_title: str = ""
     code_scroll: int = 0
     scroll: int = 0
-    panels: bool = True
+    panels: str = "all"  # one of PANELS
     toast: str = ""
     toast_until: float = 0.0
     note: str = ""  # a lasting line: "training ended", "recording truncated", ...

@@ -115,7 +115,7 @@ def paint_label(
 ) -> None:
     """Write a card's name and shape at screen size."""
     x, y, w, h = box
-    px = 12.5 * zoom + (1.0 if zoom < 1.15 else 0.0)
+    px = 12.5 * zoom + (1.5 if zoom < 1.15 else 0.0)
     if px < LABEL_BELOW:
         return
     cat = item.category
@@ -123,7 +123,7 @@ def paint_label(
     soft = (50, 34, 84) if running else MUTED
     room = w - (2 * h * 0.3 if cat in ("constant", "reduction") else h * 0.3) + 2
     cx = x + w / 2
-    one_line = not item.detail or px < 8.0
+    one_line = not item.detail or px < 7.4
     if cat == "constant":
         _centre(surface, fonts, item.label, cx, y + h / 2, px * 0.88, ink, room, MONO, MEDIUM)
     elif cat == "parameter":

@@ -7,6 +7,7 @@ slices between frames. Called by ``app`` and ``export``.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 
 import pygame
 
@@ -138,3 +139,15 @@ class GraphView:
             (round(self.rect.centerx + (part.x - cx) * k), round(self.rect.centery + (part.y - cy) * k)),
         )
         screen.set_clip(clip)
+
+    def restamp(self, screen: pygame.Surface, camera: Camera, items: Iterable[int]) -> None:
+        """Put cards back on top of lines drawn over them (once the picture is sharp: not while zooming)."""
+        layer = self.front
+        if layer is None or layer.version != self.scene.version or abs(layer.zoom - camera.zoom) > 1e-12:
+            return
+        cx, cy = layer.to_px(camera.x, camera.y)
+        dx, dy = self.rect.x - round(cx - self.rect.w / 2), self.rect.y - round(cy - self.rect.h / 2)
+        screen.blits(
+            [(source, (at[0] + dx, at[1] + dy), part) for source, at, part in layer.cards(items)],
+            doreturn=False,
+        )

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 import pygame
@@ -47,6 +47,7 @@ class GraphLayer:
         self.full = pygame.Surface(size)
         self.dim = pygame.Surface(size)
         self.now = pygame.Surface(size)
+        self.last = self.full
         self.lit = np.zeros(len(scene.items), bool)
         self.ready = False
         self._pieces: dict[int, list[tuple[int, int, int, int]]] = {}
@@ -86,7 +87,9 @@ class GraphLayer:
     def show(self, moment: Moment | None) -> pygame.Surface:
         """The picture at a moment (everything finished when None). Only what changed since the last call is copied."""
         if moment is None:
+            self.last = self.full
             return self.full
+        self.last = self.now
         lit = moment.state != 0
         changed = np.flatnonzero(lit != self.lit)
         if len(changed):
@@ -101,6 +104,16 @@ class GraphLayer:
                 self.now.blits(self._stamps(on, self.full), doreturn=False)
             self.lit = lit.copy()
         return self.now
+
+    def cards(self, items: Iterable[int]) -> list[Stamp]:
+        """The rectangles of some cards as last shown, without what is around them."""
+        out: list[Stamp] = []
+        for i in items:
+            if self._is_visible[i]:
+                x, y, w, h = self.boxes[i]
+                r = (round(x), round(y), round(w) + 1, round(h) + 1)
+                out.append((self.last, r[:2], r))
+        return out
 
     def to_px(self, x: float, y: float) -> tuple[float, float]:
         """Page point to pixel of the layer."""
@@ -187,7 +200,8 @@ class GraphLayer:
                 w = wire_id
                 source = scene.items[scene.page.wires[w].source]
                 same = source.phase == scene.page.wires[w].phase != "optimizer"
-                faint = max(0.16, min(0.32, 7.0 / busy)) if same else max(0.05, min(0.17, 2.2 / busy))
+                # between staves only a hint: hovering a card shows its own
+                faint = max(0.18, min(0.42, 7.0 / busy)) if same else max(0.03, min(0.10, 1.0 / busy))
                 color = mix(BG, category(source.category), faint)
                 ribbon(band, lines[w] - (0, top * k), color, max(0.9, 1.1 * self.zoom) * k)
                 if count % 120 == 119:

@@ -57,10 +57,9 @@ class Overlay:
         device: str,
         flags: Sequence[tuple[int, str]],
     ) -> None:
-        """Glowing cards, the tokens that ride into them, and a flag with device and time."""
+        """Glowing cards and a flag with device and time."""
         boxes = [(int(i), self._box(scene, int(i), camera, view)) for i in moment.active]
         boxes = [(i, b) for i, b in boxes if self._seen(b, view)]
-        self._tokens(screen, scene, [i for i, _ in boxes], camera, view, clock, moment)
         pulse = 0.85 + 0.15 * math.sin(clock * 6.0)
         for n, (i, (x, y, w, h)) in enumerate(boxes):
             base = category(scene.items[i].category)
@@ -130,21 +129,26 @@ class Overlay:
         screen.blit(pill, (round(fx) - 1, round(fy) - 1))
         screen.blit(label, (round(fx + 9), round(fy + lh / 2 - label.get_height() / 2)))
 
-    def _tokens(
+    def arriving(self, scene: Scene, moment: Moment) -> list[tuple[int, int]]:
+        """The edges along which values travel into the running cards."""
+        edges = [
+            (a, int(b)) for b in moment.active for a in scene.in_edges.get(int(b), ()) if moment.state[a]
+        ]
+        return edges[:MAX_TOKEN_EDGES]
+
+    def tokens(
         self,
         screen: pygame.Surface,
         scene: Scene,
-        active: list[int],
+        edges: Iterable[tuple[int, int]],
         camera: Camera,
         view: pygame.Rect,
         clock: float,
-        moment: Moment,
     ) -> None:
-        edges = [(a, b) for b in active for a in scene.in_edges.get(b, ()) if moment.state[a]]
-        for a, b in edges[:MAX_TOKEN_EDGES]:
+        """Bright points that ride along edges."""
+        for a, b in edges:
             line = self._line(scene, (a, b), camera, view)
             base = category(scene.items[a].category)
-            ribbon(screen, line, mix(BG, base, 0.9), max(1.0, 1.7 * camera.zoom))
             step = np.hypot(*np.diff(line, axis=0).T)
             total = float(step.sum())
             if total < 6:
@@ -164,6 +168,24 @@ class Overlay:
                     g, (px - g.get_width() / 2, py - g.get_height() / 2), special_flags=pygame.BLEND_RGB_ADD
                 )
                 pygame.draw.circle(screen, mix(base, WHITE, 0.45), (px, py), r)
+
+    def crossed(self, scene: Scene, edges: Iterable[tuple[int, int]]) -> list[int]:
+        """Cards that lines drawn on top would cross out: all they pass over, and the ends they start from."""
+        hit: set[int] = set()
+        rects = scene.rects[scene.shown]
+        x0, y0 = rects[:, 0], rects[:, 1]
+        x1, y1 = x0 + rects[:, 2], y0 + rects[:, 3]
+        for edge in edges:
+            line = scene.edge_path(edge)
+            low, high = line.min(0), line.max(0)
+            near = np.flatnonzero((x1 >= low[0]) & (x0 <= high[0]) & (y1 >= low[1]) & (y0 <= high[1]))
+            if not len(near):
+                continue
+            fine = np.stack([_refine(line[:, 0]), _refine(line[:, 1])], 1)
+            px, py = fine[:, :1], fine[:, 1:]
+            inside = ((px >= x0[near]) & (px <= x1[near]) & (py >= y0[near]) & (py <= y1[near])).any(0)
+            hit.update(int(i) for i in scene.shown[near[inside]])
+        return sorted(hit)
 
     # -- pointing ----------------------------------------------------------------------------------------------------
     def outline(
@@ -269,6 +291,12 @@ class Overlay:
         if view.collidepoint(at):
             screen.blit(pill, at)
             screen.blit(label, (at[0] + 6, at[1] + 8 - label.get_height() // 2))
+
+
+def _refine(values: np.ndarray) -> np.ndarray:
+    """Four points for every piece of a polyline, so that it cannot step over a card."""
+    n = len(values)
+    return np.interp(np.linspace(0, n - 1, 4 * (n - 1) + 1), np.arange(n), values)
 
 
 def spotlight(scene: Scene, items: Iterable[int]) -> Moment:

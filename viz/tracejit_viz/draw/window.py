@@ -40,7 +40,7 @@ class Window:
         self.regions: Regions = divide(1920, 1080)
         self.moment: Moment | None = None
 
-    def layout(self, size: tuple[int, int], panels: bool = True) -> Regions:
+    def layout(self, size: tuple[int, int], panels: str = "all") -> Regions:
         """Divide a window of this size."""
         self.regions = divide(size[0], size[1], panels)
         return self.regions
@@ -116,14 +116,22 @@ class Window:
         self.graph.draw(screen, camera, shown)
         screen.set_clip(view)
         o = self.overlay
+        arriving = o.arriving(scene, self.moment) if self.moment is not None and lit is None else []
+        o.edges(screen, scene, arriving, camera, view, None, 0.9)
+        bold: list[tuple[int, int]] = []
         if lit is not None and ui.path:
             inside = set(lit)
-            pairs = [e for e in scene.page.paths if e[0] in inside and e[1] in inside]
-            o.edges(screen, scene, pairs, camera, view, ACCENT, 0.8, limit=900)
+            bold = [e for e in scene.page.paths if e[0] in inside and e[1] in inside][:900]
+            o.edges(screen, scene, bold, camera, view, ACCENT, 0.8, limit=900)
         elif ui.selected is not None and ui.selected in scene.page.items:
-            o.edges(screen, scene, self._touching(scene, ui.selected), camera, view, ACCENT, 0.75)
+            bold = self._touching(scene, ui.selected)
+            o.edges(screen, scene, bold, camera, view, ACCENT, 0.75)
         if ui.hovered is not None and ui.hovered in scene.page.items and ui.hovered != ui.selected:
-            o.edges(screen, scene, self._touching(scene, ui.hovered), camera, view)
+            near = self._touching(scene, ui.hovered)
+            o.edges(screen, scene, near, camera, view)
+            bold = bold + near
+        self.graph.restamp(screen, camera, o.crossed(scene, [*arriving, *bold[:300]]))
+        if ui.hovered is not None and ui.hovered in scene.page.items and ui.hovered != ui.selected:
             o.outline(screen, scene, ui.hovered, camera, view, mix(BG, TEXT, 0.6), 1.2)
         for i in ui.matches if ui.query else ():
             o.outline(screen, scene, i, camera, view, mix(BG, ACCENT, 0.75), 1.3)
@@ -137,6 +145,7 @@ class Window:
             for j in scene.partners(ui.selected)[:12]:
                 if j in scene.page.items:
                     o.link(screen, scene, ui.selected, j, camera, view)
+        o.tokens(screen, scene, arriving, camera, view, clock)
         if self.moment is not None and lit is None and len(self.moment.active):
             o.running(
                 screen,

@@ -34,15 +34,22 @@ def pack(
     head: float,
     stave_gap: float,
     view: tuple[float, float],
+    wide: dict[Path, CompoundLayout],
 ) -> tuple[list[list[Stack]], float]:
-    """Stack small neighbours and wrap into systems so that the page, scaled to the view, is as large as possible."""
+    """Stack small neighbours and wrap into systems so that the page, scaled to the view, is as large as possible.
+
+    ``wide`` are cells (of the optimiser) that lie below all columns of a family; the first of these is made wide enough.
+    """
+    firsts = {f: next((c for c in columns if c[: len(f)] == f), None) for f in wide}
+    least = {firsts[f]: wide[f].width for f in wide}
+    low = max((cell.height + head + CELL_PAD for cell in wide.values()), default=0.0)
 
     def cell_height(c: Path, p: str) -> float:
         cell = solved.get((c, p))
         return cell.height + head + CELL_PAD if cell else 0.0
 
     def cell_width(c: Path) -> float:
-        widest = max(solved[c, p].width for p in used if (c, p) in solved)
+        widest = max([least.get(c, 0.0), *(solved[c, p].width for p in used if (c, p) in solved)])
         return max(widest, len(" / ".join(c[1:] or c)) * head * 0.26) + 2 * CELL_PAD
 
     tall = {p: [cell_height(c, p) for c in columns] for p in used}
@@ -69,6 +76,9 @@ def pack(
                     last.heights = grown
                     continue
             stacks.append(Stack([c], cell_width(c), need))
+        for s in stacks:
+            if any(s.columns[0][: len(f)] == f for f in wide):
+                s.heights["optimizer"] = max(s.heights["optimizer"], low)
         for rows in range(1, min(7, len(stacks)) + 1):
             systems = break_rows(stacks, rows)
             w = max(sum(s.width for s in sys) + COLUMN_GAP * (len(sys) - 1) for sys in systems)

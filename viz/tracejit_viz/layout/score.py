@@ -110,11 +110,10 @@ class Page:
     stave_gap: float = STAVE_GAP
 
 
-def choose_columns(paths: Sequence[Path], enough: int = 4, share: float = 0.5) -> list[Path]:
+def choose_columns(paths: Sequence[Path], most: int = 14) -> list[Path]:
     """Scope prefixes that become columns: top scopes, the dominant ones opened up until none holds most of the page."""
     columns = list(dict.fromkeys(p[:1] for p in paths if p))
-    total = max(1, len(paths))
-    for _ in range(8):
+    for _ in range(24):
         count: dict[Path, int] = defaultdict(int)
         children: dict[Path, dict[Path, int]] = defaultdict(dict)
         known = set(columns)
@@ -125,14 +124,15 @@ def choose_columns(paths: Sequence[Path], enough: int = 4, share: float = 0.5) -
                     if len(p) > i:
                         children[p[:i]][p[: i + 1]] = children[p[:i]].get(p[: i + 1], 0) + 1
                     break
-        big = [c for c in columns if len(children[c]) >= 1 and count[c] > 6]
+        # a scope whose own cards outweigh its sub-scopes stays whole: they would lose their frame
+        big = [
+            c
+            for c in columns
+            if len(children[c]) > 1 and count[c] < 2 * sum(children[c].values()) and count[c] > most
+        ]
         if not big:
             break
         worst = max(big, key=lambda c: count[c])
-        if count[worst] <= share * total and len(columns) >= enough:
-            break
-        if count[worst] <= 0.34 * total:
-            break
         at = columns.index(worst)
         # the scope's own direct nodes stay under its own name when there are many of them
         own = count[worst] - sum(children[worst].values())
@@ -177,31 +177,71 @@ def _assign_columns(
     for c in loose:
         near = [out[v] for v in (*pred[c.index], *succ[c.index]) if v in out]
         out[c.index] = near[0] if near else (c.path[:1] or ("main",))
-    first: dict[Path, int] = {}
-    for c in main:
-        rank = c.order + (0 if c.phase == "forward" else 10**9) + (0 if pred[c.index] else 10**10)
-        first[out[c.index]] = min(first.get(out[c.index], 1 << 60), rank)
-    ordered = sorted(first, key=lambda p: first[p])
-    ordered = _keep_families_together(ordered)
-    update = [c for c in cards if c.phase == "optimizer"]
-    by_path: dict[Path, Path] = {}
-    for _ in range(2):
-        for c in update:
-            if c.index in out:
-                continue
-            group = c.group or c.path
-            near = [out[v] for v in pred[c.index] if v in out and phase[v] == "forward"]
-            if not near and group in by_path:
-                near = [by_path[group]]
-            near = near or [out[v] for v in (*pred[c.index], *succ[c.index]) if v in out]
-            if near:
-                out[c.index] = near[0]
-                by_path.setdefault(group, near[0])
-    for c in update:
-        out.setdefault(c.index, ordered[0] if ordered else ("update",))
-    if not ordered and update:
-        ordered = list(dict.fromkeys(out[c.index] for c in update))
+    ordered = _keep_families_together(_execution_order(main, edges, out))
+    _assign_updates(cards, pred, succ, phase, out, ordered)
+    if not ordered:
+        ordered = list(dict.fromkeys(out.values()))
     return out, ordered
+
+
+def _execution_order(
+    main: Sequence[Card], edges: Sequence[tuple[int, int]], column: Mapping[int, Path]
+) -> list[Path]:
+    """Columns in the order their forward cards depend on each other; ties and cycles by first execution."""
+    first: dict[Path, int] = {}
+    phase = {c.index: c.phase for c in main}
+    for c in main:
+        rank = c.order + (0 if c.phase == "forward" else 10**9)
+        first[column[c.index]] = min(first.get(column[c.index], 1 << 60), rank)
+    waits: dict[Path, set[Path]] = {p: set() for p in first}
+    for a, b in edges:
+        if phase.get(a) == phase.get(b) == "forward" and column[a] != column[b]:
+            waits[column[b]].add(column[a])
+    ordered: list[Path] = []
+    left = sorted(first, key=lambda p: first[p])
+    while left:
+        after = min(left, key=lambda p: (len(waits[p]), first[p]))
+        left.remove(after)
+        ordered.append(after)
+        for p in left:
+            waits[p].discard(after)
+    return ordered
+
+
+def _assign_updates(
+    cards: Sequence[Card],
+    pred: Mapping[int, list[int]],
+    succ: Mapping[int, list[int]],
+    phase: Mapping[int, str],
+    out: dict[int, Path],
+    columns: Sequence[Path],
+) -> None:
+    """Optimiser cards stand under the column of the parameter they change; all cards of one scope in one column."""
+    known = set(columns)
+    families: dict[Path, list[Card]] = defaultdict(list)
+    for c in cards:
+        if c.phase == "optimizer":
+            own = c.group or c.path
+            hit = next((own[:i] for i in range(len(own), 0, -1) if own[:i] in known), None)
+            if hit is None:
+                families[own[:1] or ("", str(c.index))].append(c)
+            else:
+                out[c.index] = hit
+    for name, members in families.items():
+        whole = {c.index for c in members}
+        if name[0] and any(
+            c[:1] == name for c in columns
+        ):  # an update of a whole family of columns: a cell below all
+            whole |= {i for i, column in out.items() if column[:1] == name and phase[i] == "optimizer"}
+            under: Path | None = name
+        else:
+            near = [out[v] for i in whole for v in pred.get(i, ()) if v in out and phase[v] == "forward"]
+            under = next(iter(near), None)  # else what serves all updates: where the gradient pass ends
+            if under is None and name[0]:
+                under = columns[0] if columns else ("update",)
+        for i in whole:
+            beside = [out[v] for v in (*pred.get(i, ()), *succ.get(i, ())) if v in out]
+            out[i] = under or next(iter(beside), columns[0] if columns else ("update",))
 
 
 def _keep_families_together(columns: list[Path]) -> list[Path]:
@@ -298,15 +338,18 @@ def _plan(
     for key, group in members.items():
         column, phase = key
         if phase == "optimizer":
-            room = max((solved[column, p].width for p in STAVES[:2] if (column, p) in solved), default=0.0)
-            solved[key] = _shelf(group, inner.get(key, []), cache, room)
+            above = [
+                cell.width for (c, p), cell in solved.items() if p != phase and c[: len(column)] == column
+            ]
+            solved[key] = _shelf(group, column, inner.get(key, []), cache, max(above, default=0.0))
     used = [p for p in STAVES if any(k[1] == p for k in solved)]
     columns = [c for c in columns if any((c, p) in solved for p in used)]
+    wide = {c: solved[c, p] for c, p in solved if p == "optimizer" and c not in columns}
     page.head, page.stave_gap = 28.0, STAVE_GAP
     systems: list[list[Stack]] = []
     scale = 1.0
     for _ in range(3):  # titles keep their size on the screen, so their room grows as the page is scaled down
-        systems, scale = pack(columns, solved, used, page.head, page.stave_gap, view)
+        systems, scale = pack(columns, solved, used, page.head, page.stave_gap, view, wide)
         head, gap = page.head, page.stave_gap
         page.head = min(170.0, max(28.0, 20.0 / max(scale, 1e-6)))
         page.stave_gap = min(330.0, max(STAVE_GAP, 34.0 / max(scale, 1e-6)))
@@ -314,8 +357,19 @@ def _plan(
     return _Plan(solved, used, systems, scale, head, gap, (w + 60) * scale >= 0.98 * view[0])
 
 
+def _inside(card: Card, column: Path) -> Path:
+    """The frames around an optimiser card within its column."""
+    if card.path[: len(column)] == column:
+        return card.path[len(column) :]
+    return () if card.path[:1] == column[:1] else card.path
+
+
 def _shelf(
-    group: Sequence[Card], edges: list[tuple[int, int]], cache: LayoutCache, room: float = 0.0
+    group: Sequence[Card],
+    column: Path,
+    edges: list[tuple[int, int]],
+    cache: LayoutCache,
+    room: float = 0.0,
 ) -> CompoundLayout:
     """Optimiser cells: many small independent pieces, packed in rows about as wide as the cells above them."""
     parent = {c.index: c.index for c in group}
@@ -328,8 +382,9 @@ def _shelf(
 
     by_path: dict[Path, int] = {}
     for c in group:
-        if c.path:
-            parent[find(c.index)] = find(by_path.setdefault(c.path[:1], c.index))
+        inside = _inside(c, column)
+        if inside:
+            parent[find(c.index)] = find(by_path.setdefault(inside[:1], c.index))
     for a, b in edges:
         parent[find(a)] = find(b)
     parts: dict[int, list[Card]] = defaultdict(list)
@@ -340,7 +395,7 @@ def _shelf(
         ids = {c.index for c in cards}
         pieces.append(
             compound(
-                {c.index: c.path for c in cards},
+                {c.index: _inside(c, column) for c in cards},
                 {c.index: (c.width, c.height) for c in cards},
                 [e for e in edges if e[0] in ids],
                 cache=cache,
@@ -389,6 +444,9 @@ def _place_systems(
         sum(max(s.heights[p] for s in sys) for p in used) + page.stave_gap * len(used) for sys in systems
     )
     tall += SYSTEM_GAP * (len(systems) - 1)
+    wide = [
+        c for c, p in solved if p == "optimizer" and not any(c in s.columns for sys in systems for s in sys)
+    ]
     wanted = tall * view[0] / max(1.0, view[1])  # stretch, within reason, to the shape of the window
     grow = 1.0
     if page.width < wanted:
@@ -425,14 +483,30 @@ def _place_systems(
                         )
                         cy += h + STACK_GAP
                 x += width + COLUMN_GAP
+            if phase == "optimizer":
+                for c in list(wide):
+                    reach = [k for k, s in enumerate(system) if s.columns[0][: len(c)] == c]
+                    if not reach:
+                        continue
+                    wide.remove(c)
+                    x0, x1 = _reach(system, slack, reach[0], reach[-1])
+                    h = band if band > solved[c, phase].height else solved[c, phase].height + head + CELL_PAD
+                    _place_cell(
+                        page, c, phase, (x0, y, x1 - x0, h), solved[c, phase], members[c, phase], titles
+                    )
             page.staves.append(Stave(phase, number, (0.0, y, x - COLUMN_GAP, band)))
             y += band + page.stave_gap * 0.3
         for title, first, last in spans:
-            x0 = sum(s.width + slack + COLUMN_GAP for s in system[:first])
-            x1 = sum(s.width + slack + COLUMN_GAP for s in system[: last + 1]) - COLUMN_GAP
+            x0, x1 = _reach(system, slack, first, last)
             page.spans.append((title, (x0, top_of_system - head * 0.95, x1 - x0, head * 0.5)))
         y += SYSTEM_GAP
     page.height = y - SYSTEM_GAP
+
+
+def _reach(system: list[Stack], slack: float, first: int, last: int) -> tuple[float, float]:
+    """Left and right of a run of stacks."""
+    left = sum(s.width + slack + COLUMN_GAP for s in system[:first])
+    return left, sum(s.width + slack + COLUMN_GAP for s in system[: last + 1]) - COLUMN_GAP
 
 
 def _spans(system: list[Stack]) -> list[tuple[str, int, int]]:
@@ -465,13 +539,15 @@ def _place_cell(
     page.cells.append(Cell(column, phase, title, rect, [c.index for c in cards]))
     for i, (a, b, iw, ih) in cell.items.items():
         page.items[i] = (a + ox, b + oy, iw, ih)
-    above = (
-        () if phase == "optimizer" else column
-    )  # update scopes are named after parameters, not after columns
+    own = {c.path[:1] for c in cards if phase == "optimizer" and c.path[:1] != column[:1]}
+
+    def full(g: Path) -> Path:
+        return g if g[:1] in own else (*column, *g)
+
     for g, (a, b, gw, gh) in cell.groups.items():
-        page.groups[phase, (*above, *g)] = (a + ox, b + oy, gw, gh)
+        page.groups[phase, full(g)] = (a + ox, b + oy, gw, gh)
     for g, d in cell.directions.items():
-        page.directions[phase, (*above, *g) if g else column] = d
+        page.directions[phase, full(g) if g else column] = d
     base = len(page.wires)
     for wire in cell.wires:
         points = [(a + ox, b + oy, tx, ty) for a, b, tx, ty in wire.points]
