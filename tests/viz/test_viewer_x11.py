@@ -54,7 +54,9 @@ class Desktop:
         return done.stdout.strip()
 
     def _find(self) -> str:
-        return self.do("search", "--name", "^tracejit ").split("\n")[0]
+        """The only window there is, once it has its title (search --name fails on titles that are not ASCII)."""
+        window = self.do("search", "--class", ".").split("\n")[0]
+        return window if window and self.do("getwindowname", window).startswith("tracejit") else ""
 
     def title(self) -> str:
         return self.do("getwindowname", self.window) if getattr(self, "window", "") else ""
