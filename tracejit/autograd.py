@@ -183,6 +183,17 @@ def grad(
     return _Gradient(fn, wrt if argnums is None else argnums, has_aux, with_value=False)
 
 
+def _as_float(leaf: Any) -> Any:
+    """A Python integer that is differentiated with respect to stands for a float, as it does in ``3 * 0.5``."""
+    if type(leaf) is int:
+        return float(leaf)
+    if isinstance(leaf, Tensor) and leaf.weak and leaf.dtype.kind == "i":
+        from tracejit import functions as F
+
+        return Tensor(F.astype(leaf, np.float64).node, leaf.ctx, weak=True)
+    return leaf
+
+
 class _Gradient:
     """What ``grad`` and ``value_and_grad`` return. Holds a traced version of itself for calls from outside a trace."""
 
@@ -245,6 +256,8 @@ class _Gradient:
                     op="grad",
                 )
             leaves, tree = trees.flatten(args_list[position])
+            if tree.num_nodes == 1:
+                leaves = [_as_float(leaf) for leaf in leaves]
             marked = [self._mark(ctx, leaf) for leaf in leaves]
             if not any(m is not None for m in marked):
                 raise GradientError.make(

@@ -104,8 +104,14 @@ def _devices(options: argparse.Namespace) -> int:
     for d in found:
         mark = Text("ready", style="green") if d.available else Text("missing", style="red")
         what = d.description + (f"\n{d.detail}" if d.detail else "")
+        # Long facts (feature flags, limits) are for --json.
         facts = ", ".join(
-            f"{k} {v}" for k, v in d.properties.items() if not isinstance(v, dict | list | tuple)
+            f"{k.replace('_', ' ')}: {v}"
+            for k, v in d.properties.items()
+            if isinstance(v, str | int | float)
+            and v is not False
+            and len(str(v)) <= 40
+            and str(v) not in what
         )
         table.add_row(Text(d.name), mark, Text(what + (f"\n{facts}" if facts else "")))
     Console().print(table)

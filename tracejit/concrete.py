@@ -71,8 +71,9 @@ def _unknown_value(tensor: Tensor, wanted: str) -> ConcretizationError:
         "bool": "`if`, `while`, `and`, `or`, `not` need a value: use tj.where(cond, a, b), tj.cond or tj.while_loop; "
         "`&`, `|`, `~` work on arrays",
         "index": "a loop count or index must be known while tracing: use a Python int argument, x.shape, tj.scan or np.take",
-        "NumPy array": "this NumPy function is not traceable here: return the tensor and call it on the result; to "
-        "index an array of the surroundings, write np.asarray(table, like=index)[index]",
+        "NumPy array": "NumPy's own memory cannot hold traced values: drop np.asarray or np.array around a tensor, join "
+        "tensors with np.stack, use np.broadcast_to for np.full and np.where or np.concatenate for assignments; to index "
+        "an array of the surroundings, write np.asarray(table, like=index)[index]",
     }
     return ConcretizationError.make(
         f"Python needs the {wanted} of an array, whose value is not known while tracing",

@@ -477,13 +477,16 @@ def _scan_python(
 def print(fmt: str, *values: Any) -> None:
     """Print ``fmt.format(*values)`` each time the program runs (a plain ``print`` runs once, while tracing).
 
-    Fields are ``{}`` or ``{0}``, with a format specification that applies to each element. Outside a trace it
-    prints at once. Errors: TracingError if the format does not fit the number of values.
+    Fields are ``{}`` or ``{0}``, with a format specification that applies to each element; values of a format without
+    fields follow it, as in ``tj.print("loss", x)``. Outside a trace it prints at once. Errors: TracingError if the format
+    does not fit the number of values.
     """
     if not isinstance(fmt, str):
         raise TracingError.make(
             f"the format must be a string, got {describe(fmt)}", op="print", hint='tj.print("{}", x)'
         )
+    if "{" not in fmt:
+        fmt += " {}" * len(values)
     try:
         ops.format_message(
             fmt, [np.zeros(a.shape, a.dtype) for a in (_aval(v, "print", "values") for v in values)]

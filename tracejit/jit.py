@@ -390,6 +390,10 @@ class TracedFunction:
     def __get__(self, instance: Any, owner: Any = None) -> Any:
         return self if instance is None else _BoundMethod(self, instance)
 
+    def __reduce__(self) -> str:
+        # Like a function: pickled by name, copied as itself.
+        return str(getattr(self, "__qualname__", self._name))
+
     def __repr__(self) -> str:
         info = self.cache_info()
         return f"<traced {self._name}: {info.currsize} programs, {info.hits} hits, {info.misses} traces>"

@@ -25,7 +25,9 @@ class Static:
 
     def __init__(self, value: Any) -> None:
         self.value = value
-        self._hash = hash((type(value), value))
+        # Slices are hashable from Python 3.12 on.
+        same = (value.start, value.stop, value.step) if isinstance(value, slice) else value
+        self._hash = hash((type(value), same))
 
     def __hash__(self) -> int:
         return self._hash

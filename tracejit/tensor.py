@@ -134,6 +134,17 @@ class Tensor:
             hint="use tj.where(mask, new, x), np.concatenate, or x.at-style rebuilding instead",
         )
 
+    def __copy__(self) -> Tensor:
+        return self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
+        return self  # immutable, and its trace is not copied
+
+    def __reduce__(self) -> NoReturn:
+        raise TracingError.make(
+            "a tensor cannot be pickled: it has no value while its function is traced", got={"x": self}
+        )
+
     def __format__(self, spec: str) -> str:
         if spec:
             return format(self._concrete("formatted number"), spec)
@@ -254,10 +265,10 @@ class Tensor:
         return _binary("greater_equal", self, other)
 
     def __eq__(self, other: Any) -> Any:
-        return _binary("equal", self, other)
+        return _never(self, False) if _is_foreign(other) else _binary("equal", self, other)
 
     def __ne__(self, other: Any) -> Any:
-        return _binary("not_equal", self, other)
+        return _never(self, True) if _is_foreign(other) else _binary("not_equal", self, other)
 
     def __neg__(self) -> Any:
         return _f().negative(self)
@@ -272,6 +283,8 @@ class Tensor:
         return _f().invert(self)
 
     def __round__(self, ndigits: int | None = None) -> Any:
+        if ndigits is None and not self.node.shape and self.dtype.kind == "f":  # as Python: an integer
+            return _f().astype(_f().round(self), np.int64)
         return _f().round(self, ndigits or 0)
 
     def __matmul__(self, other: Any) -> Any:
@@ -305,6 +318,11 @@ class Tensor:
         """The tensor itself: there are no complex numbers."""
         return self
 
+    @property
+    def imag(self) -> Any:
+        """Zeros: there are no complex numbers."""
+        return _f().imag(self)
+
     def astype(self, dtype: Any, **kwargs: Any) -> Any:
         """Conversion as in NumPy (float to int truncates)."""
         return _f().astype(self, dtype)
@@ -334,6 +352,16 @@ def _f() -> Any:
     return functions
 
 
+def _is_foreign(other: Any) -> bool:
+    """What no number equals: ``x == None`` and ``x == "text"`` are False for every element, as in NumPy."""
+    return other is None or isinstance(other, str | bytes)
+
+
+def _never(x: Tensor, value: bool) -> Any:
+    check_alive(x)
+    return _f().full_like(x, value, dtype=bool)
+
+
 def _binary(name: str, left: Any, right: Any) -> Any:
     for operand in (left, right):
         if not isinstance(operand, Tensor | np.ndarray | np.generic | bool | int | float) and not hasattr(
@@ -352,7 +380,8 @@ def _binary(name: str, left: Any, right: Any) -> Any:
 # Methods that are the NumPy function with the array as first argument.
 for _name in (
     "sum", "mean", "std", "var", "prod", "max", "min", "argmax", "argmin", "any", "all", "cumsum", "cumprod", "ravel",
-    "squeeze", "swapaxes", "clip", "round", "repeat", "take", "argsort", "diagonal", "trace", "conj", "ptp",
+    "squeeze", "swapaxes", "clip", "round", "repeat", "take", "argsort", "diagonal", "trace", "conj",
+    "conjugate", "searchsorted",
 ):  # fmt: skip
 
     def _method(self: Tensor, *args: Any, _name: str = _name, **kwargs: Any) -> Any:

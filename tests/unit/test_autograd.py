@@ -512,7 +512,7 @@ def test_second_derivative_through_scan() -> None:
         (lambda: tj.grad(lambda x: x.sum(), has_aux=True)(X), r"\(loss, aux\)"),
         (lambda: tj.grad(lambda x: x.astype(int).sum())(X), "floating-point scalar"),
         (lambda: tj.grad(lambda x: x.sum())(np.arange(3)), "nothing to differentiate.*float"),
-        (lambda: tj.grad(lambda x: x * 1.0)(3), "nothing to differentiate.*3.0"),
+        (lambda: tj.grad(lambda x: x * 1.0)([3]), "nothing to differentiate.*3.0"),
         (lambda: tj.grad(lambda x: 1.0)("text"), "nothing to differentiate"),
         (lambda: tj.grad(lambda x: 1.0)({}), "nothing to differentiate"),
     ],

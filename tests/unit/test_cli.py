@@ -174,3 +174,10 @@ def test_a_closed_pipe_is_no_error(folder: pathlib.Path) -> None:
     command = f"{sys.executable} -m tracejit graph model:traced 'float32[3]' --form inspect | head -1"
     out = subprocess.run(command, shell=True, capture_output=True, text=True, cwd=folder, timeout=120)
     assert "Traceback" not in out.stderr and "BrokenPipe" not in out.stderr
+
+
+def test_the_table_of_devices_is_short_enough_to_read(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["devices"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) < 30 and max(map(len, lines)) <= 120
+    assert "avx" not in "".join(lines)

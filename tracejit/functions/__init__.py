@@ -3,7 +3,9 @@
 Reached through operators, methods and NumPy's dispatch protocols; on concrete arrays each function is NumPy's own.
 """
 
+from tracejit.functions.analysis import *  # noqa: F403
 from tracejit.functions.creation import *  # noqa: F403
+from tracejit.functions.editing import *  # noqa: F403
 from tracejit.functions.elementwise import *  # noqa: F403
 from tracejit.functions.indexing import *  # noqa: F403
 from tracejit.functions.joining import *  # noqa: F403

@@ -32,8 +32,14 @@ _REDUCE = {
     "fmin": "nanmin",
     "logical_and": "all",
     "logical_or": "any",
+    "logaddexp": "logaddexp_reduce",
 }
-_ACCUMULATE = {"add": "cumsum", "multiply": "cumprod"}
+_ACCUMULATE = {
+    "add": "cumsum",
+    "multiply": "cumprod",
+    "maximum": "maximum_accumulate",
+    "minimum": "minimum_accumulate",
+}
 
 
 def array_ufunc(ufunc: np.ufunc, method: str, inputs: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
@@ -149,7 +155,7 @@ def _function_table(func: Any) -> Callable[..., Any] | None:
         name = f"linalg_{func.__name__}"
         if not hasattr(functions, name) and func.__name__ == "matrix_transpose":
             name = func.__name__
-    elif module == "numpy":
+    elif module == "numpy" or func is np.lib.stride_tricks.sliding_window_view:
         name = func.__name__
     else:
         return None
@@ -196,7 +202,9 @@ _REASONS = {
     **dict.fromkeys(
         ("unique", "nonzero", "argwhere", "flatnonzero", "extract", "trim_zeros", "compress"), _VALUES
     ),
-    **dict.fromkeys(("setdiff1d", "union1d", "intersect1d", "setxor1d", "unique_values", "delete"), _VALUES),
+    **dict.fromkeys(
+        ("setdiff1d", "union1d", "intersect1d", "setxor1d", "unique_values", "histogram"), _VALUES
+    ),
     **dict.fromkeys(("copyto", "put", "putmask", "place", "fill_diagonal", "put_along_axis"), _IN_PLACE),
     **dict.fromkeys(
         ("save", "savez", "savetxt", "array2string", "array_repr", "array_str"), "it needs the values"

@@ -13,6 +13,9 @@ import numpy as np
 from tracejit.functions import elementwise as el
 from tracejit.functions import promotion as pr
 from tracejit.functions import reductions as rd
+from tracejit.functions.indexing import take_along_axis
+from tracejit.functions.ordering import _rows, cumprod, cumsum, median
+from tracejit.functions.shape import reshape_to
 from tracejit.ops import elementwise as ew
 from tracejit.tensor import Tensor
 
@@ -130,6 +133,53 @@ def _nan_extremum(
     return ew.where(nothing, pr.constant_like(found, np.nan), found)
 
 
+def nanargmax(a: Any, axis: Any = None, out: Any = None, *, keepdims: Any = False) -> Any:
+    """As ``np.nanargmax``; 0 where all elements are NaN, which NumPy refuses but whose values are not known here."""
+    if not pr.any_tensor(a):
+        return np.nanargmax(a, axis=axis, out=out, keepdims=keepdims)
+    return rd.argmax(_replace_nan(a, -np.inf, "nanargmax"), axis, out, keepdims=keepdims)
+
+
+def nanargmin(a: Any, axis: Any = None, out: Any = None, *, keepdims: Any = False) -> Any:
+    """As ``np.nanargmin``; 0 where all elements are NaN, which NumPy refuses but whose values are not known here."""
+    if not pr.any_tensor(a):
+        return np.nanargmin(a, axis=axis, out=out, keepdims=keepdims)
+    return rd.argmin(_replace_nan(a, np.inf, "nanargmin"), axis, out, keepdims=keepdims)
+
+
+def nancumsum(a: Any, axis: Any = None, dtype: Any = None, out: Any = None) -> Any:
+    """As ``np.nancumsum``: a running total that counts NaN as 0."""
+    if not pr.any_tensor(a):
+        return np.nancumsum(a, axis=axis, dtype=dtype, out=out)
+    return cumsum(_replace_nan(a, 0.0, "nancumsum"), axis, dtype, out)
+
+
+def nancumprod(a: Any, axis: Any = None, dtype: Any = None, out: Any = None) -> Any:
+    """As ``np.nancumprod``: a running product that counts NaN as 1."""
+    if not pr.any_tensor(a):
+        return np.nancumprod(a, axis=axis, dtype=dtype, out=out)
+    return cumprod(_replace_nan(a, 1.0, "nancumprod"), axis, dtype, out)
+
+
+def nanmedian(
+    a: Any, axis: Any = None, out: Any = None, overwrite_input: bool = False, keepdims: Any = False
+) -> Any:
+    """As ``np.nanmedian``: the median of the elements that are not NaN; NaN where there are none."""
+    if not pr.any_tensor(a):
+        return np.nanmedian(a, axis, out, overwrite_input, keepdims)
+    x = pr.tensor(a, "nanmedian")
+    keepdims = bool(keepdims) and keepdims is not _NO_VALUE
+    if x.dtype.kind != "f":
+        return median(x, axis, out, overwrite_input, keepdims)
+    rows, _, shape = _rows(x, axis, "nanmedian")  # NaN sorts last
+    count = rd.sum(el.logical_not(el.isnan(rows)), axis=-1, keepdims=True)
+    low, high = (take_along_axis(rows, el.maximum(i, 0), -1) for i in ((count - 1) // 2, count // 2))
+    middle = pr.tensor((low + high) / 2, "nanmedian", x.dtype)
+    # One middle element is itself, also where its double overflows.
+    middle = rd.sum(ew.where(el.equal(low, high), low, middle), axis=-1)
+    return reshape_to(middle, shape) if keepdims else middle
+
+
 def _replace_nan(a: Any, value: float, op: str) -> Tensor:
     x = pr.tensor(a, op)
     return ew.where(ew.isnan(x), pr.constant_like(x, value), x) if x.dtype.kind == "f" else x
@@ -139,4 +189,7 @@ def _given_only(kwargs: dict[str, Any]) -> dict[str, Any]:
     return {k: v for k, v in kwargs.items() if v is not _NO_VALUE}
 
 
-__all__ = ["nanmax", "nanmean", "nanmin", "nanprod", "nanstd", "nansum", "nanvar"]
+__all__ = [
+    "nanargmax", "nanargmin", "nancumprod", "nancumsum", "nanmax", "nanmean", "nanmedian", "nanmin", "nanprod",
+    "nanstd", "nansum", "nanvar",
+]  # fmt: skip

@@ -5,6 +5,7 @@ Re-exported by ``tracejit.functions``; on concrete arrays each is NumPy's own.
 
 from __future__ import annotations
 
+import builtins
 import math
 from typing import Any
 
@@ -65,6 +66,7 @@ def clip(
         return np.clip(a, low, high, out=out, **kwargs)
     dtype = kwargs.pop("dtype", None)
     pr.reject_keywords("clip", out, **kwargs)
+    low, high = (_within(v, a, dtype) for v in (low, high))
     given = [v for v in (a, low, high) if v is not None]
     found = pr.common_dtype("clip", *given) if dtype is None else canonical(dtype, op="clip")
     result: Any = pr.tensor(a, "clip", found)
@@ -73,6 +75,15 @@ def clip(
     if high is not None:
         result = el.minimum(result, pr.tensor(high, "clip", found))
     return result
+
+
+def _within(limit: Any, a: Any, dtype: Any) -> Any:
+    """A Python integer that the integer dtype of ``a`` cannot hold limits nothing or everything: its nearest value."""
+    kind = np.dtype(dtype) if dtype is not None else getattr(a, "dtype", None)
+    if type(limit) is not int or kind is None or kind.kind not in "iu" or pr.is_weak(a):
+        return limit
+    info = np.iinfo(kind)
+    return builtins.min(builtins.max(limit, info.min), info.max)
 
 
 def round(a: Any, decimals: int = 0, out: Any = None) -> Any:
@@ -215,12 +226,36 @@ def conjugate(x: Any, **kwargs: Any) -> Any:
 conj = conjugate
 
 
+def isreal(x: Any) -> Any:
+    """True everywhere: there are no complex numbers."""
+    return (
+        pr.broadcast_to(pr.tensor(True, "isreal", BOOL), x.shape) if isinstance(x, Tensor) else np.isreal(x)
+    )
+
+
+def iscomplex(x: Any) -> Any:
+    """False everywhere: there are no complex numbers."""
+    return el.logical_not(isreal(x)) if isinstance(x, Tensor) else np.iscomplex(x)
+
+
+def real_if_close(a: Any, tol: float = 100) -> Any:
+    """``a`` itself: there are no complex numbers."""
+    return a if isinstance(a, Tensor) else np.real_if_close(a, tol)
+
+
+def angle(z: Any, deg: bool = False) -> Any:
+    """π (or 180) for negative numbers, else 0; NaN for NaN. As ``np.angle`` of real numbers."""
+    if not isinstance(z, Tensor):
+        return np.angle(z, deg)
+    return el.arctan2(0.0, z) * (180 / math.pi if deg else 1.0)
+
+
 def copy(a: Any, order: str = "K", subok: bool = False) -> Any:
     """``a`` itself if it is a tensor, since recorded values are immutable; else a copy."""
     return a if isinstance(a, Tensor) else np.copy(a, order=order, subok=subok)  # type: ignore[call-overload]
 
 
 __all__ = [
-    "allclose", "around", "array_equal", "astype", "clip", "conj", "conjugate", "copy", "fix", "imag", "isclose",
-    "isneginf", "isposinf", "nan_to_num", "real", "round", "sinc", "where",
+    "allclose", "angle", "around", "array_equal", "astype", "clip", "conj", "conjugate", "copy", "fix", "imag", "isclose",
+    "iscomplex", "isneginf", "isposinf", "isreal", "nan_to_num", "real", "real_if_close", "round", "sinc", "where",
 ]  # fmt: skip

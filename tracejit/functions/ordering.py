@@ -30,7 +30,7 @@ from tracejit.tensor import Tensor
 
 def _sorting(primitive: Op, name: str, a: Any, axis: Any) -> Any:
     x = pr.tensor(a, name)
-    if axis is None:
+    if axis is None or (x.ndim == 0 and name == "argsort" and axis in (0, -1)):  # NumPy: argsort(3.0) is [0]
         x, axis = ravel(x), -1
     return primitive(x, axis=normalize_axis(axis, x.ndim, name))
 
@@ -158,7 +158,7 @@ def ediff1d(ary: Any, to_end: Any = None, to_begin: Any = None) -> Any:
     if not pr.any_tensor(ary, to_end, to_begin):
         return np.ediff1d(ary, to_end, to_begin)
     x = ravel(pr.tensor(ary, "ediff1d"))
-    found = diff(x)
+    found = el.subtract(x[1:], x[:-1])
     parts = [found]
     for value, at in ((to_begin, 0), (to_end, 1)):
         if value is not None:
@@ -193,6 +193,8 @@ def _rows(a: Any, axis: Any, name: str) -> tuple[Tensor, tuple[int, ...], tuple[
     """The array with the reduced axes flattened into a sorted last one; the axes; the shape with them kept as
     one."""
     x = pr.tensor(a, name)
+    if x.dtype.kind == "b" and name == "median":  # NumPy averages: counts as 0 and 1
+        x = pr.tensor(x, name, FLOAT64)
     if x.dtype.kind == "b":
         raise DTypeError.make("needs numbers", op=name, got={"x": x}, hint="convert with x.astype(...)")
     axes = normalize_axes(axis, x.ndim, name)

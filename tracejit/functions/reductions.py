@@ -40,7 +40,7 @@ def normalize_axes(axis: Any, ndim: int, op: str) -> Axes:
     """The sorted non-negative axes that ``axis`` (None for all, an integer, or a tuple) names, each once."""
     if axis is None:
         return tuple(range(ndim))
-    given = tuple(axis) if isinstance(axis, tuple | list) else (axis,)
+    given = axis if isinstance(axis, tuple) else (axis,)
     axes = [normalize_axis(a, ndim, op) for a in given]
     if len(set(axes)) != len(axes):
         raise ShapeError.make(f"duplicate axis in axis={axis}", op=op)

@@ -189,6 +189,9 @@ def mse_loss(prediction: Any, target: Any, *, reduction: str = "mean") -> Any:
         )
 
 
+mse = mse_loss
+
+
 def l1_loss(prediction: Any, target: Any, *, reduction: str = "mean") -> Any:
     """``|prediction - target|`` reduced over all elements; ShapeError unless the shapes are equal."""
     prediction, target = _same_shape(prediction, target, "l1_loss")
@@ -218,6 +221,7 @@ __all__ = [
     "cross_entropy",
     "huber_loss",
     "l1_loss",
+    "mse",
     "mse_loss",
     "nll_loss",
 ]
