@@ -62,6 +62,12 @@ class CpuBackend:
         """Arrays live in host memory already."""
         return np.asarray(array)
 
+    def peaks(self, spec: str = "") -> tuple[float, float]:
+        """Measured ceilings of this machine, (GFLOP/s, GB/s), for profiles."""
+        from tracejit_cpu.peaks import peaks
+
+        return peaks()
+
     @staticmethod
     def _check(spec: str) -> None:
         if spec not in ("", "0"):

@@ -456,12 +456,12 @@ def test_profile_gives_a_table_and_a_chrome_trace(tmp_path: pathlib.Path, device
     assert [r.mean_us for r in profile.rows] == sorted((r.mean_us for r in profile.rows), reverse=True)
     assert len(profile.steps) == 3
     text = str(profile)
-    assert "GFLOP/s" in text and "% peak" in text and "us per call" in text
+    assert "GFLOP/s" in text and "% peak" in text and " per call" in text
     path = tmp_path / "trace.json"
     profile.to_chrome_trace(path)
     events = json.loads(path.read_text())["traceEvents"]
     assert len([e for e in events if e["name"].startswith("step")]) == 3
-    assert all(e["ph"] == "X" and e["dur"] >= 0 and e["ts"] >= 0 for e in events)
+    assert all(e["dur"] >= 0 and e["ts"] >= 0 for e in events if e["ph"] == "X")
 
 
 def test_profile_refuses_a_repeat_below_one() -> None:
