@@ -161,13 +161,14 @@ def _check_leaf(source: _Source, name: str, value: Any) -> str:
 
 def _entries(value: dict[Any, Any]) -> Sequence[Any]:
     """The keys in the order in which optree flattens them."""
-    entries: Sequence[Any] = optree.tree_flatten_one_level(value, namespace=trees.NAMESPACE)[2]
+    tree: Any = value
+    entries: Sequence[Any] = optree.tree_flatten_one_level(tree, namespace=trees.NAMESPACE)[2]
     if not all(isinstance(key, str | int) for key in entries):
         raise _Unsupported
     return entries
 
 
-def _is_namedtuple(kind: type) -> bool:
+def _is_namedtuple(kind: Any) -> bool:
     return optree.is_namedtuple_class(kind) and kind.__len__ is tuple.__len__
 
 
@@ -226,8 +227,8 @@ def _build(source: _Source, value: Any) -> str:
     if _is_namedtuple(kind):
         return f"{source.ref(kind)}({', '.join(_build(source, v) for v in value)})"
     if _is_module(kind):
-        fields = [f"{n!r}: {_build(source, getattr(value, n))}" for n in kind._dynamic_names]  # type: ignore[attr-defined]
-        fields += [f"{n!r}: {source.ref(getattr(value, n))}" for n in kind._static_names]  # type: ignore[attr-defined]
+        fields = [f"{n!r}: {_build(source, getattr(value, n))}" for n in kind._dynamic_names]
+        fields += [f"{n!r}: {source.ref(getattr(value, n))}" for n in kind._static_names]
         source.names["module"] = _module
         return f"module({source.ref(kind)}, {{{', '.join(fields)}}})"
     raise _Unsupported

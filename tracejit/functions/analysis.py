@@ -35,7 +35,7 @@ def _float(x: Any, op: str) -> Tensor:
 def gradient(f: Any, *varargs: Any, axis: Any = None, edge_order: int = 1) -> Any:
     """As ``np.gradient``: central differences inside, one-sided ones of order 1 or 2 at the ends."""
     if not pr.any_tensor(f, *varargs):
-        return np.gradient(f, *varargs, axis=axis, edge_order=edge_order)
+        return np.gradient(f, *varargs, axis=axis, edge_order=edge_order)  # type: ignore[call-overload]
     if edge_order not in (1, 2):
         raise ValueError("'edge_order' must be 1 or 2")
     x = _float(f, "gradient")
@@ -232,7 +232,7 @@ def cov(
 ) -> Any:
     """As ``np.cov`` without weights: rows are variables, columns observations."""
     if not pr.any_tensor(m, y):
-        return np.cov(m, y, rowvar, bias, ddof, dtype=dtype)  # type: ignore[call-overload]
+        return np.cov(m, y, rowvar, bias, ddof, dtype=dtype)
     parts = [_variables(v, rowvar, dtype) for v in (m, y) if v is not None]
     x = parts[0] if len(parts) == 1 else joining.concatenate(parts, 0)
     n = x.shape[1] - ((0 if bias else 1) if ddof is None else ddof)

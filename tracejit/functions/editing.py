@@ -160,7 +160,7 @@ def ravel_multi_index(multi_index: Any, dims: Any, mode: Any = "raise", order: s
     """As ``np.ravel_multi_index``; indices out of bounds are not noticed unless clipped or wrapped."""
     parts = list(multi_index)
     if not pr.any_tensor(*parts):
-        return np.ravel_multi_index(multi_index, dims, mode, order)
+        return np.ravel_multi_index(multi_index, dims, mode, order)  # type: ignore[call-overload]
     dims = tuple(dims) if isinstance(dims, list | tuple) else (dims,)
     modes = mode if isinstance(mode, tuple) else (mode,) * len(dims)
     total: Any = 0
