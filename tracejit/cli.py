@@ -218,11 +218,13 @@ def _cache(options: argparse.Namespace) -> int:
             continue
         any_cache = True
         facts = info()
-        if options.clear:
-            backend.cache_clear()  # type: ignore[attr-defined]
-            print(f"{name}: cleared {facts.get('path', '')}")
+        if facts.get("path") is None:
+            print(f"{name}: off")
+        elif options.clear:
+            print(f"{name}: removed {backend.cache_clear()} entries from {facts['path']}")  # type: ignore[attr-defined]
         else:
-            print(f"{name}: " + ", ".join(f"{k} {v}" for k, v in facts.items()))
+            size = facts["bytes"] / 1e6
+            print(f"{name}: {facts['entries']} entries, {size:.1f} MB in {facts['path']}")
     if not any_cache:
         print("no installed backend keeps a cache on disk")
     return 0

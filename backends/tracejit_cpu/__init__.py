@@ -68,6 +68,20 @@ class CpuBackend:
 
         return peaks()
 
+    def cache_info(self) -> dict[str, Any]:
+        """Location, entries, bytes, hits and misses of the object-code cache (for ``tracejit cache``)."""
+        import dataclasses
+
+        from tracejit_cpu import codecache
+
+        return dataclasses.asdict(codecache.cache_info())
+
+    def cache_clear(self) -> int:
+        """Empty the object-code cache; returns the number of entries removed."""
+        from tracejit_cpu import codecache
+
+        return codecache.cache_clear()
+
     @staticmethod
     def _check(spec: str) -> None:
         if spec not in ("", "0"):
@@ -77,17 +91,3 @@ class CpuBackend:
 
 
 backend = CpuBackend()
-
-
-def cache_info() -> Any:
-    """Location, size and hit counts of the object-code cache (for ``tracejit cache``)."""
-    from tracejit_cpu import codecache
-
-    return codecache.cache_info()
-
-
-def cache_clear() -> int:
-    """Empty the object-code cache; returns the number of entries removed."""
-    from tracejit_cpu import codecache
-
-    return codecache.cache_clear()
