@@ -140,7 +140,9 @@ class Contract:
     """C[b, m, n] = sum_k A[b, m, k] * B[b, k, n], then the epilogue.
 
     The iteration domain is ``batch + m + n + k`` (each a tuple of sizes; after coalescing mostly one axis each, possibly
-    none for batch). ``a`` and ``b`` address that whole domain (stride 0 where they do not vary). ``epilogue`` is a
+    none for batch). ``a`` and ``b`` address that whole domain (stride 0 where they do not vary). ``a_sum`` and ``b_sum``,
+    over ``batch + m + n``, also get the sum of that operand over k (bias gradients beside weight gradients; only for
+    backends that state ``contract_sums``). ``epilogue`` is a
     LoopBody over ``batch + m + n`` that contains exactly one ``acc`` instruction and at least one ``store``; it may
     have no reduce. ``acc_dtype`` is the accumulator's type (float32 for float16 and float32 operands).
     """
@@ -153,6 +155,8 @@ class Contract:
     b: Access
     epilogue: LoopBody
     acc_dtype: np.dtype[Any]
+    a_sum: Access | None = None
+    b_sum: Access | None = None
 
 
 @dataclass(frozen=True)
@@ -258,6 +262,7 @@ class Capabilities:
     and ``conv_epilogue`` whether loops fuse behind products (if they touch at most ``epilogue_buffers`` buffers, None =
     any number: optimiser updates touch 7, bias and activation 2 or 3), ``recompute_flops`` the cost below which a producer is
     recomputed in each consumer instead of stored, ``op_kernels`` ops that must arrive as :class:`OpKernel`.
+    ``contract_sums``: a product can store the sums of its operands over k too (:class:`Contract`).
     ``split_k`` is the largest number of partial sums into which a contraction with at most ``split_k_limit`` results and
     a single consumer may be split: it arrives as a contraction with an extra leading batch axis (the parts) and a plain
     store, and the consumer adds the parts. No more parts are made once ``split_k_work`` partial results (those of the
@@ -272,6 +277,7 @@ class Capabilities:
     attention_dim: int = 256
     separate_outputs: bool = False
     contract_epilogue: bool = True
+    contract_sums: bool = False
     epilogue_buffers: int | None = None
     conv_epilogue: bool = True
     recompute_flops: int = 8

@@ -36,6 +36,7 @@ class WgpuBackend:
             attention_dim=64 if target.workgroup_memory < 32768 else 128,
             separate_outputs=True,
             contract_epilogue=True,
+            contract_sums=True,
             epilogue_buffers=4,
             split_k=8,
             split_k_limit=600_000,

@@ -223,11 +223,14 @@ class _Attention:
 
     def transposed_times(self, p: str, x: str, name: str, groups: int, w4: int) -> str:
         """name += P^T X."""
-        out = f" for (var j = 0u; j < {self.bt}u; j++) {{\n  let p = {self.at(p, 'j', 'ty', self.bt // 4)};\n"
-        for g in range(groups):
-            out += f"  let v{g} = {self.at(x, 'j', self.column(g, w4), w4)};\n"
+        out = f" for (var j = 0u; j < {self.bt // 4}u; j++) {{\n"
+        for q in range(4):  # four at a time: their loads overlap
+            out += f"  let p{q} = {self.at(p, f'(j * 4u + {q}u)', 'ty', self.bt // 4)};\n"
+            for g in range(groups):
+                out += f"  let v{q}_{g} = {self.at(x, f'(j * 4u + {q}u)', self.column(g, w4), w4)};\n"
         out += "".join(
-            f"  {name}{i}_{g} = fma(vec4<f32>(p.{XYZW[i]}), v{g}, {name}{i}_{g});\n"
+            f"  {name}{i}_{g} = fma(vec4<f32>(p{q}.{XYZW[i]}), v{q}_{g}, {name}{i}_{g});\n"
+            for q in range(4)
             for i in range(4)
             for g in range(groups)
         )

@@ -16,6 +16,7 @@ import numpy as np
 from tracejit.program import Access, Contract, Instr, LoopBody
 from tracejit_wgpu import body as bodies
 from tracejit_wgpu import tuning, wgsl
+from tracejit_wgpu.build import row_major
 from tracejit_wgpu.emit import XYZW, Dispatch, Emitter, Shader, Tables, decompose
 from tracejit_wgpu.loops import grid_of, loop_dispatches
 from tracejit_wgpu.tuning import Tile
@@ -33,6 +34,9 @@ class Problem:
     b: Access
     epilogue: LoopBody
     acc: np.dtype
+    #: Where the sums of the operands over k go, as flat (buffer, offset): their elements are contiguous.
+    a_sum: Access | None = None
+    b_sum: Access | None = None
 
     def part(self, access: Access, group: str) -> tuple[int, ...]:
         """The strides of an access along one group of axes."""
@@ -76,9 +80,9 @@ def normalise(c: Contract) -> Problem:
     store = next(i for i in epilogue.instrs if i.op == "store").attrs["access"].strides
     if merged[1] and merged[2] and store[merged[1][-1][-1]] == 1 and store[merged[2][-1][-1]] != 1:
         merged[1], merged[2] = merged[2], merged[1]
-        first, second = c.b, c.a
+        first, second, sums = c.b, c.a, (c.b_sum, c.a_sum)
     else:
-        first, second = c.a, c.b
+        first, second, sums = c.a, c.b, (c.a_sum, c.b_sum)
     order = [g[-1] for groups in merged for g in groups]
 
     def fix(access: Access) -> Access:
@@ -89,7 +93,7 @@ def normalise(c: Contract) -> Problem:
 
     batch, m, n, k = (total(g) for g in merged)
     body = bodies.remap(epilogue, [*merged[0], *merged[1], *merged[2]])
-    return Problem(batch, m, n, k, fix(first), fix(second), body, c.acc_dtype)
+    return Problem(batch, m, n, k, fix(first), fix(second), body, c.acc_dtype, *sums)
 
 
 def contract_dispatches(problems: Sequence[Contract], tables: Tables, label: str) -> list[Dispatch]:
@@ -97,9 +101,53 @@ def contract_dispatches(problems: Sequence[Contract], tables: Tables, label: str
     if not problems or any(s == 0 for c in problems for s in (*c.batch, *c.m, *c.n)):
         return []
     ready = [normalise(c) for c in problems]
+    apart: list[LoopBody] = []  # sums of operands that the product's kernel cannot add up on the way
+    for i, p in enumerate(ready):
+        if _thin(p) or not sums_inside(p, tables):
+            apart.extend(_sum_loop(p, side) for side in "ab" if getattr(p, side + "_sum") is not None)
+            ready[i] = replace(p, a_sum=None, b_sum=None)
+    out = loop_dispatches(apart, tables, label + "_sums") if apart else []
     if _thin(ready[0]):
-        return loop_dispatches([_as_loop(p, tables) for p in ready], tables, label)
-    return [d for group in _groups(ready, tables) for d in tile_dispatches(group, tables, label)]
+        return out + loop_dispatches([_as_loop(p, tables) for p in ready], tables, label)
+    return out + [d for group in _groups(ready, tables) for d in tile_dispatches(group, tables, label)]
+
+
+#: A tile with which every product for which ``sums_inside`` holds can add up its operands.
+_SUMMING = Tile(32, 32, 16, 4, 4)
+
+
+def sums_inside(p: Problem, tables: Tables) -> bool:
+    """True if every operand whose sum over k is wanted comes in by rows of k, one vector address per thread."""
+    tile = _SUMMING
+    for side, rows, size in (("a", "m", tile.bm), ("b", "n", tile.bn)):
+        access: Access = getattr(p, side)
+        if getattr(p, side + "_sum") is None:
+            continue
+        vector = _vector_ok(p, access, rows) and tables.dtype(access.buffer) == np.float32
+        x = _loader(side, p, access, rows, size, vector, "f32")
+        if (
+            p.batch
+            or p.acc != np.float32
+            or x.along_k
+            or prod(p.k) % tile.bk
+            or not _walks(x, tile, tile.threads)
+        ):
+            return False
+    return True
+
+
+def _sum_loop(p: Problem, side: str) -> LoopBody:
+    """The sum of an operand over k as a loop of its own."""
+    access: Access = getattr(p, side)
+    target: Access = getattr(p, side + "_sum")
+    sizes, rows = (p.m, "m") if side == "a" else (p.n, "n")
+    outer, inner = p.part(access, rows), p.part(access, "k")
+    load = Instr("load", (), p.acc, (), {"access": Access(access.buffer, (*outer, *inner), access.offset)})
+    total = Instr("reduce", (0,), p.acc, (), {"kind": "sum"})
+    where = Access(target.buffer, (*row_major(sizes), *(0,) * len(p.k)), target.offset)
+    store = Instr("store", (1,), p.acc, (), {"access": where})
+    axes = tuple(range(len(sizes), len(sizes) + len(p.k)))
+    return LoopBody((*sizes, *p.k), (load, total, store), axes)
 
 
 def _groups(ready: Sequence[Problem], tables: Tables) -> list[list[Problem]]:
@@ -139,6 +187,7 @@ def _thin(p: Problem) -> bool:
 
 def _alike(p: Problem, q: Problem) -> bool:
     same = (p.batch, p.m, p.n, p.k, p.acc) == (q.batch, q.m, q.n, q.k, q.acc)
+    same = same and (p.a_sum is None, p.b_sum is None) == (q.a_sum is None, q.b_sum is None)
     return same and p.a.strides == q.a.strides and p.b.strides == q.b.strides
 
 
@@ -148,7 +197,7 @@ def _bindings(problems: Sequence[Problem], tables: Tables) -> int:
         reads, writes = bodies.buffers(p.epilogue)
         found |= {
             tables.alias.get(b, b)
-            for b in (p.a.buffer, p.b.buffer, *reads, *writes)
+            for b in (p.a.buffer, p.b.buffer, *reads, *writes, *(s.buffer for s in (p.a_sum, p.b_sum) if s))
             if b not in tables.scalars
         }
     return len(found)
@@ -246,6 +295,8 @@ def tile_dispatches(problems: Sequence[Problem], tables: Tables, label: str) -> 
     m, n, nb = prod(p.m), prod(p.n), prod(p.batch)
     kind = {"f": "f32", "i": "i32", "u": "u32", "b": "u32"}[p.acc.kind]
     tile = tuning.choose(*tile_key(problems), tables.target)
+    if p.a_sum or p.b_sum:
+        tile = _summing(p, tile)
     shader = Shader(tables)
     split = tile.split
     naxis = len(p.batch) + len(p.m) + len(p.n) - 1
@@ -260,6 +311,9 @@ def tile_dispatches(problems: Sequence[Problem], tables: Tables, label: str) -> 
         shader.bind(q.b.buffer, vector=_vector_ok(q, q.b, "n"), write=False)
         if partial is None:
             shader.bind_body(q.epilogue, naxis if wide else None)
+        for total in (q.a_sum, q.b_sum):
+            if total is not None:
+                shader.bind(total.buffer, vector=total.offset % 4 == 0, write=True)
     if partial is not None:
         shader.bind(partial, vector=n % 4 == 0, write=True)
     la = _loader("a", p, p.a, "m", tile.bm, all(_bound_vector(shader, q.a) for q in problems), kind)
@@ -361,7 +415,7 @@ def _kernel(
         out.append(" let bi = bz;\n")
     batch_index = decompose(shader, "bi", p.batch, out)
     tail = k % bk != 0 or (tile.split > 1 and k % span != 0)
-    loads, stores, steps = [], [], ""
+    loads, stores, steps, sums = [], [], "", ""
     for x, access in ((la, p.a), (lb, p.b)):
         if not tail and _walks(x, tile, threads):
             step, code, load, store = _walk(
@@ -372,6 +426,11 @@ def _kernel(
             batch = wgsl.u32_offset(zip(p.part(access, "batch"), batch_index), 0)
             out.append(f" let batch_{x.name} = {batch};\n")
             code, load, store = _stage(shader, x, p, tile, zero, tail, base[x.name], memory[x.name], threads)
+        if (p.a_sum if x.name == "a" else p.b_sum) is not None:
+            count = x.tile * bk // 4 // threads
+            out.append(f" var t_{x.name} = {zero};\n")
+            added = "".join(f" t_{x.name} += v_{x.name}{r};" for r in range(count))
+            sums += f"  if ({_first(x)}) {{{added} }}\n"
         out.append(code)
         loads.append(load)
         stores.append(store)
@@ -388,12 +447,14 @@ def _kernel(
             )
         return f"{indent}switch (problem) {{\n{''.join(cases)}{indent}}}\n"
 
-    put = "".join(stores)
+    put = "".join(stores) + sums
     compute = _compute(tile, la, lb, base, memory, tx_count, ty_count, kind)
     out.append(" var kp = k0;\n" + load_all(" "))
     body = f"{put}  workgroupBarrier();\n{steps}{load_all('  ')}{compute}  workgroupBarrier();\n"
     out.append(f" for (kp = k0 + {bk}u; kp < kend; kp += {bk}u) {{\n{body} }}\n")
     out.append(f" {{\n{put}  workgroupBarrier();\n{compute} }}\n")
+    if p.a_sum or p.b_sum:
+        out.append(_store_sums(shader, problems, la, lb, memory["a"], threads))
     if partial is not None:
         out.append(_store_partial(shader, p, tile, partial, len(problems), tx_count, ty_count, m, n, nb))
     elif len(problems) == 1:
@@ -407,6 +468,49 @@ def _kernel(
             )
         out.append(" }\n")
     return "".join(out), mt * nt * tile.split * nb * len(problems)
+
+
+def _summing(p: Problem, tile: Tile) -> Tile:
+    """The tile, if a product with it can add up operands on the way, else the nearest that can; k is not cut."""
+    whole = replace(tile, split=1)
+    sides = [(n, b) for n, b, s in ((p.m, whole.bm, p.a_sum), (p.n, whole.bn, p.b_sum)) if s is not None]
+    walks = all(prod(n) % b == 0 and whole.threads % (b // 4) == 0 for n, b in sides)
+    if walks and all(b * whole.bk // 4 % whole.threads == 0 for _, b in sides) and prod(p.k) % whole.bk == 0:
+        return whole
+    return _SUMMING
+
+
+def _first(x: _Loader) -> str:
+    """True in the workgroups that add up operand ``x``: one per column of tiles."""
+    return "n0 == 0u" if x.name == "a" else "m0 == 0u"
+
+
+def _store_sums(
+    shader: Shader, problems: Sequence[Problem], la: _Loader, lb: _Loader, memory: str, threads: int
+) -> str:
+    """Add up the threads that loaded the same columns, in their order, and store the sums of operands over k."""
+    out = []
+    for x, origin in ((la, "m0"), (lb, "n0")):
+        if getattr(problems[0], x.name + "_sum") is None:
+            continue
+        across = x.tile // 4
+        out.append(
+            f" workgroupBarrier();\n if ({_first(x)}) {{ {memory}[li] = t_{x.name}; }}\n workgroupBarrier();\n"
+        )
+        lines = f"  var t = {memory}[li]; for (var i = 1u; i < {threads // across}u; i++) {{ t += {memory}[li + i * {across}u]; }}\n"
+        for number, q in enumerate(problems):
+            target: Access = getattr(q, x.name + "_sum")
+            bound = shader.binding(target.buffer)
+            if bound.vector:
+                line = f"{bound.name}[{target.offset // 4}u + {origin} / 4u + li] = t;"
+            else:
+                line = " ".join(
+                    f"{bound.name}[{target.offset}u + {origin} + li * 4u + {j}u] = t.{XYZW[j]};"
+                    for j in range(4)
+                )
+            lines += f"  if (problem == {number}u) {{ {line} }}\n" if len(problems) > 1 else f"  {line}\n"
+        out.append(f" if ({_first(x)} && li < {across}u) {{\n{lines} }}\n")
+    return "".join(out)
 
 
 def _walks(x: _Loader, tile: Tile, threads: int) -> bool:

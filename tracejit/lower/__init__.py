@@ -1,8 +1,8 @@
 """Lowering: an optimised graph becomes a :class:`~tracejit.program.Program` of fused kernels with a memory plan.
 
 ``lower(graph, capabilities)`` is called by ``compilation.build_program`` for every compiled backend. Stages, one file
-each: prepare (normal form), attention (pattern), fusion (clusters), kernels/emit/coalesce (code), horizontal (merging),
-schedule, memory.
+each: prepare (normal form), attention (pattern), fusion (clusters), kernels/emit/coalesce (code), sums (bias gradients
+into weight gradients), horizontal (merging), schedule, memory.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from tracejit.lower.horizontal import merge_kernels
 from tracejit.lower.kernels import KernelBuilder, Unfusable
 from tracejit.lower.prepare import Prepared
 from tracejit.lower.siblings import merge_siblings
+from tracejit.lower.sums import fuse_sums
 from tracejit.program import Capabilities, Kernel, Program
 
 _ATTEMPTS = 64
@@ -60,6 +61,7 @@ def _lower(graph: Graph, caps: Capabilities, forced: frozenset[int]) -> Program:
             too_big |= budget.cuts(c, fusion, caps)
     if too_big - forced:
         raise Unfusable(*too_big)
+    kernels, ranks, sums = fuse_sums(kernels, ranks, builder.buffers, caps)
     sequence = schedule.order(kernels, builder.buffers, ranks)
     kernels, ranks, merged = merge_kernels(
         [kernels[i] for i in sequence], [ranks[i] for i in sequence], builder.buffers, caps
@@ -67,7 +69,7 @@ def _lower(graph: Graph, caps: Capabilities, forced: frozenset[int]) -> Program:
     kernels = [kernels[i] for i in schedule.order(kernels, builder.buffers, ranks)]
     buffers, arena, bound = memory.plan(kernels, builder.buffers, caps.separate_outputs)
     kernels = schedule.dependencies(kernels, buffers)
-    report = (*fusion.decisions, *merged)
+    report = (*fusion.decisions, *sums, *merged)
     return Program(
         graph.name,
         graph,

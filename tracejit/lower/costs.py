@@ -64,6 +64,7 @@ def _contract_cost(c: Contract, buffers: Sequence[Buffer]) -> tuple[int, int]:
     for a in (c.a, c.b):
         elements = prod(n for n, s in zip(domain, a.strides, strict=True) if s)
         moved += elements * buffers[a.buffer].dtype.itemsize
+        flops += elements if a is c.a and c.a_sum or a is c.b and c.b_sum else 0
     return moved, flops + 2 * prod(domain)
 
 
@@ -86,6 +87,7 @@ def finish(kernel: Kernel, buffers: Sequence[Buffer]) -> Kernel:
         for p in kernel.problems:
             reads[p.a.buffer] = reads[p.b.buffer] = None
             add_body(p.epilogue)
+            writes.update((s.buffer, None) for s in (p.a_sum, p.b_sum) if s is not None)
             m, f = _contract_cost(p, buffers)
             moved, flops = moved + m, flops + f
     elif isinstance(kernel, AttentionKernel):

@@ -201,6 +201,10 @@ def run_contract(c: Contract, memory: Memory) -> None:
     acc = np.matmul(a.astype(c.acc_dtype), b.astype(c.acc_dtype).swapaxes(1, 2))
     assert len(c.epilogue.domain) == nb + nm + nn == len(domain) - nk
     run_body(c.epilogue, memory, acc.reshape(*c.batch, *c.m, *c.n))
+    for access, value, shape in ((c.a_sum, a, (*c.m, *(1,) * nn)), (c.b_sum, b, (*(1,) * nm, *c.n))):
+        if access is not None:
+            total = value.sum(axis=2, dtype=c.acc_dtype).reshape(*c.batch, *shape)
+            memory.data[access.buffer][_address(access.strides, access.offset, (*c.batch, *shape))] = total
 
 
 def run_attention(k: AttentionKernel, memory: Memory) -> None:

@@ -63,7 +63,8 @@ class Keys:
     def contract(self, c: Contract) -> Hashable:
         """Key of a contraction."""
         sizes = (c.batch, c.m, c.n, c.k, c.acc_dtype.char)
-        return (sizes, self.access(c.a), self.access(c.b), self.body(c.epilogue))
+        sums = self.access(c.a_sum), self.access(c.b_sum)
+        return (sizes, self.access(c.a), self.access(c.b), self.body(c.epilogue), sums)
 
 
 def body_key(body: LoopBody, buffers: Sequence[Buffer]) -> tuple[Hashable, tuple[int, ...]]:

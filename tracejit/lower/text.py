@@ -91,6 +91,7 @@ def contract_lines(c: Contract, bodies: bool) -> list[str]:
     """Sizes, operands and epilogue of a contraction."""
     out = [f"  batch {list(c.batch)} m {list(c.m)} n {list(c.n)} k {list(c.k)} acc {dtype_name(c.acc_dtype)}"]
     out.append(f"  a {access_text(c.a)}  b {access_text(c.b)}")
+    out += [f"  sum of {n} over k to {access_text(s)}" for n, s in (("a", c.a_sum), ("b", c.b_sum)) if s]
     return out + body_lines(c.epilogue, bodies)
 
 
