@@ -14,6 +14,7 @@ import numpy as np
 
 from tracejit.program import Access, LoopBody
 from tracejit_cpu import mathlib
+from tracejit_cpu.signs import nonpositive
 from tracejit_cpu.irbuilder import Fn, const, iota, memory_type, type_bytes, value_type, vec
 
 ARG = ("argmax", "argmin")
@@ -186,6 +187,7 @@ class Emitter:
         self.copies: list[dict[int, str]] = []
         self._recips: dict[tuple[int, int], str] = {}
         self.fast_div: set[int] = set()
+        self.nonpositive = nonpositive(local) if any(i.op == "exp" for i in local.instrs) else set()
 
     # -- values -----------------------------------------------------------------------------------------------------
     def is_vector(self, i: int) -> bool:
@@ -383,8 +385,11 @@ class Emitter:
             out = self._divide_by_row(ins, u, lanes, ty)
         else:
             args = [self.value(a, u, lanes) for a in ins.args]
+            attrs = ins.attrs
+            if ins.op == "exp" and ins.args[0] in self.nonpositive:
+                attrs = {"nonpositive": True}
             out = mathlib.emit(
-                fn, ins.op, args, [self.local.instrs[a].dtype for a in ins.args], ins.dtype, lanes, ins.attrs
+                fn, ins.op, args, [self.local.instrs[a].dtype for a in ins.args], ins.dtype, lanes, attrs
             )
         self.put(i, u, out)
 

@@ -103,6 +103,10 @@ class LoopCompiler:
         self.par = [a for a in range(len(local.domain)) if a not in local.reduce and a != self.v]
         self.red = [a for a in range(len(local.domain)) if a in local.reduce and a != self.v]
         self.cost = body_cost(local)
+        # Two registers per value where a formula has more constants than there are registers: each is loaded once for both.
+        self.wide = self.V > 1 and not local.reduce and self.cost >= 18 and module.host.registers <= 16
+        if self.wide and local.domain[self.v] >= 4 * self.V:
+            self.V *= 2
         self.size = math.prod(local.domain)
         self.temps: list[int] = []
         self.stages: list[Stage] = []
@@ -220,6 +224,8 @@ class LoopCompiler:
 
     def _unroll(self, live: int) -> int:
         if self.V == 1:
+            return 1
+        if self.wide:
             return 1
         return 4 if self.cost <= 10 and live <= 6 else 2 if self.cost <= 40 else 1
 
@@ -467,7 +473,7 @@ class LoopCompiler:
         reduces = [i for i in targets if local.instrs[i].op == "reduce"]
         sweep_cost = sum(mathlib.cost(local.instrs[i].op) for i in needed)
         if self.rows:
-            unroll = 4 if sweep_cost <= 12 else 2
+            unroll = 4 if sweep_cost <= 12 else 2 if sweep_cost < 18 else 1
             size = local.domain[self.v]
             while unroll > 1 and size < self.V * unroll:
                 unroll //= 2

@@ -69,7 +69,7 @@ class Num:
         """Horner's rule, highest power first."""
         p = self.c(coefficients[0])
         for k in coefficients[1:]:
-            p = self.fma(p, x, self.c(k))
+            p = self.fma(p, x, self.fn.memory_const(k, self.ty, self.lanes))
         return p
 
     def cmp(self, how: str, a: str, b: str) -> str:
@@ -100,24 +100,40 @@ class Num:
     def copysign(self, a: str, b: str) -> str:
         return self.fn.intrinsic("copysign", self.ty, self.lanes, a, b)
 
+    def floor_at(self, x: str, low: float) -> str:
+        """The larger of x and ``low`` in one instruction; NaN stays NaN."""
+        return self.select(self.cmp("olt", x, self.c(low)), self.c(low), x)
+
     def clamp(self, x: str, low: float, high: float) -> str:
         """Into [low, high]; NaN stays NaN."""
         x = self.select(self.cmp("ogt", x, self.c(high)), self.c(high), x)
-        return self.select(self.cmp("olt", x, self.c(low)), self.c(low), x)
+        return self.floor_at(x, low)
 
     def logic(self, op: str, a: str, b: str) -> str:
         return self.fn.op(f"{op} {self.bool} {a}, {b}")
 
 
 # -- float32 ----------------------------------------------------------------------------------------------------------
+# Minimax fits whose coefficients are float32 themselves: e**r on |r| <= ln2/2 (0.04 ulp), e**2r on half that range
+# (weighted as tanh needs it, 0.4 ulp there), (tanh(x) / x - 1) / x**2 in x**2 up to 0.565 (0.7 ulp of tanh).
 _EXP32 = (
-    1.9875691500e-4,
-    1.3981999507e-3,
-    8.3334519073e-3,
-    4.1665795894e-2,
-    1.6666665459e-1,
-    5.0000001201e-1,
+    0.001378893735818565,
+    0.008368692360818386,
+    0.04166889935731888,
+    0.1666652113199234,
+    0.49999991059303284,
+    1.0,
+    1.0,
 )
+_EXP32_TWICE = (
+    0.26658034324645996,
+    0.6701876521110535,
+    1.3333789110183716,
+    1.9999696016311646,
+    1.9999995231628418,
+    1.0,
+)
+_TANH32 = (0.01629873551428318, -0.052601754665374756, 0.1331969052553177, -0.33332905173301697)
 _LOG32 = (
     7.0376836292e-2,
     -1.1514610310e-1,
@@ -129,7 +145,6 @@ _LOG32 = (
     -2.4999993993e-1,
     3.3333331174e-1,
 )
-_TANH32 = (-5.70498872745e-3, 2.06390887954e-2, -5.37397155531e-2, 1.33314422036e-1, -3.33332819422e-1)
 # erf(x)/x in x*x on [0, 1] and exp(x*x)*erfc(x) in x-2.5 on [1, 4]: Chebyshev fits of scipy.special, error < 2e-9, < 1e-8
 _ERF_LOW = (
     7.882497105278621e-05,
@@ -155,28 +170,39 @@ _ERF_HIGH = (
 )
 
 
-def _exp32(n: Num, x: str, bounded: bool = False) -> str:
-    """e**x: x = k ln2 + r, polynomial on |r| <= ln2/2, scaled by 2**k in two steps so that denormals come out right.
+_MAGIC32 = 12582912.0  # 1.5 * 2**23: adding it rounds to an integer, which is then in the low mantissa bits
 
-    ``bounded`` promises -87 <= x <= 88, where one step is enough.
+
+def _exp32(n: Num, x: str, span: str = "any") -> str:
+    """e**x: x = k ln2 + r, a polynomial on |r| <= ln2/2, scaled by 2**k.
+
+    Results may be denormal or infinite, which a single factor 2**k cannot give. So k is moved by 64 towards zero (inside
+    the rounding constant, at no cost) and a factor 2**-64 or 2**64 makes up for it. ``span`` says what is known of x:
+    "any"; "below" promises x <= 0, where the factor is in the coefficients; "safe" promises -87 <= x <= 88 or NaN, which
+    needs none, and does not keep NaN.
     """
-    magic = (
-        12582912.0  # 1.5 * 2**23: adding it rounds to an integer that can be read from the low mantissa bits
-    )
-    xc = x if bounded else n.clamp(x, -104.5, 89.0)
-    t = n.fma(xc, n.c(1.4426950408889634), n.c(magic))
-    k = n.sub(t, n.c(magic))
-    r = n.fma(k, n.c(-0.693145751953125), xc)
+    if span == "safe":
+        magic, factor, scale = n.c(_MAGIC32), "", 1.0
+    elif span == "below":
+        x = n.floor_at(x, -104.5)
+        magic, factor, scale = n.c(_MAGIC32 + 64), "", 2.0**-64
+    else:
+        x = n.clamp(x, -104.5, 89.0)
+        negative = n.fn.op(f"icmp slt {n.bits} {n.to_bits(x)}, {n.ci(0)}")
+        magic, scale = n.select(negative, n.c(_MAGIC32 + 64), n.c(_MAGIC32 - 64)), 1.0
+        factor = n.select(negative, n.c(2.0**-64), n.c(2.0**64))
+    t = n.fma(x, n.c(1.4426950408889634), magic)
+    k = n.sub(t, magic)
+    r = n.fma(k, n.c(-0.693145751953125), x)
     r = n.fma(k, n.c(-1.428606765330187e-06), r)
-    p = n.poly(r, _EXP32)
-    p = n.add(n.fma(p, n.mul(r, r), r), n.c(1.0))
-    i = n.iop("sub", n.to_bits(t), n.ci(0x4B400000))
-    if bounded:
-        return n.from_bits(n.iop("add", n.to_bits(p), n.iop("shl", i, n.ci(23))))
-    half = n.iop("ashr", i, n.ci(1))
-    for part in (half, n.iop("sub", i, half)):
-        p = n.mul(p, n.from_bits(n.iop("shl", n.iop("add", part, n.ci(127)), n.ci(23))))
-    return p
+    p = n.poly(r, [c * scale for c in _EXP32])
+    exponent = n.iop(
+        "shl", n.to_bits(t), n.ci(23)
+    )  # only k is left: the constant's own bits fall out at the top
+    if span == "safe":
+        return n.from_bits(n.iop("add", n.to_bits(p), exponent))
+    p = n.mul(p, n.from_bits(n.iop("add", exponent, n.ci(0x3F800000))))  # a product, so that NaN stays NaN
+    return n.mul(p, factor) if factor else p
 
 
 def _log32(n: Num, x: str) -> str:
@@ -201,21 +227,28 @@ def _log32(n: Num, x: str) -> str:
 
 
 def _tanh32(n: Num, x: str) -> str:
-    a = n.abs(x)
-    z = n.mul(x, x)
-    small = n.fma(n.mul(n.poly(z, _TANH32), z), x, x)
-    twice = n.mul(a, n.c(2.0))
-    twice = n.select(n.cmp("ogt", twice, n.c(40.0)), n.c(40.0), twice)
-    e = _exp32(n, twice, bounded=True)
+    """An odd polynomial up to 0.56, above that 1 - 2 / (e**2|x| + 1), where a rougher exponential is enough.
+
+    The more |x| exceeds 0.56 the less the exponential's error matters, so ln2 needs no second part.
+    """
+    sign = n.iop("and", n.to_bits(x), n.ci(-0x80000000))
+    a, z = n.abs(x), n.mul(x, x)
+    small = n.fma(n.mul(n.poly(z, _TANH32), z), a, a)
+    b = n.select(n.cmp("ogt", a, n.c(10.0)), n.c(10.0), a)
+    t = n.fma(b, n.c(2.0 * 1.4426950408889634), n.c(_MAGIC32))
+    r = n.fma(n.sub(t, n.c(_MAGIC32)), n.c(-0.5 * math.log(2.0)), b)
+    p = n.to_bits(n.poly(r, _EXP32_TWICE))
+    e = n.from_bits(n.iop("add", p, n.iop("shl", n.to_bits(t), n.ci(23))))
     big = n.sub(n.c(1.0), n.div(n.c(2.0), n.add(e, n.c(1.0))))
-    return n.copysign(n.select(n.cmp("ogt", a, n.c(0.625)), big, small), x)
+    out = n.select(n.cmp("ogt", a, n.c(0.56)), big, small)
+    return n.from_bits(n.iop("or", n.to_bits(out), sign))
 
 
 def _erf32(n: Num, x: str) -> str:
     a = n.abs(x)
     small = n.fma(n.poly(n.mul(x, x), _ERF_LOW), x, x)
     ac = n.select(n.cmp("ogt", a, n.c(4.0)), n.c(4.0), a)
-    e = _exp32(n, n.neg(n.mul(ac, ac)), bounded=True)
+    e = _exp32(n, n.neg(n.mul(ac, ac)), "safe")
     tail = n.mul(e, n.poly(n.sub(ac, n.c(2.5)), _ERF_HIGH))
     big = n.sub(n.c(1.0), tail)
     return n.copysign(n.select(n.cmp("ult", a, n.c(1.0)), small, big), x)
@@ -698,7 +731,10 @@ def emit(
     lanes: int,
     attrs: Mapping[str, Any],
 ) -> str:
-    """Emit elementwise ``op`` on ``lanes`` values; ``src`` are the operands' dtypes, ``dst`` the result's."""
+    """Emit elementwise ``op`` on ``lanes`` values; ``src`` are the operands' dtypes, ``dst`` the result's.
+
+    ``attrs["nonpositive"]`` promises that the argument of ``exp`` is not above zero.
+    """
     first = src[0]
     ty = value_type(first)
     n = Num(fn, ty, lanes)
@@ -745,11 +781,18 @@ def emit(
         return _shift(fn, op, ty, lanes, signed, args[0], args[1])
     if op == "copysign":
         return n.copysign(args[0], args[1])
-    return _emit_unary(fn, op, args, first, dst, lanes, n)
+    return _emit_unary(fn, op, args, first, dst, lanes, n, attrs)
 
 
 def _emit_unary(
-    fn: Fn, op: str, args: Sequence[str], first: np.dtype, dst: np.dtype, lanes: int, n: Num
+    fn: Fn,
+    op: str,
+    args: Sequence[str],
+    first: np.dtype,
+    dst: np.dtype,
+    lanes: int,
+    n: Num,
+    attrs: Mapping[str, Any],
 ) -> str:
     x = args[0]
     floating = first.kind == "f"
@@ -785,6 +828,8 @@ def _emit_unary(
             return const(op == "isfinite", "i1", lanes)
         return n.cmp("oeq" if op == "isinf" else "olt", n.abs(x), n.c(math.inf))
     if op in FUNCTIONS:
+        if op == "exp" and attrs.get("nonpositive") and n.ty == "float":
+            return _exp32(n, x, "below")
         return _function(fn, op, n.ty, lanes, args)
     raise KeyError(op)
 
@@ -836,9 +881,9 @@ ELEMENTWISE = (
 
 # Rough cost of one lane-vector of each op in simple instructions; steers recomputation, unrolling and the thread choice.
 COST = {
-    "exp": 20,
+    "exp": 18,
     "log": 28,
-    "tanh": 38,
+    "tanh": 28,
     "erf": 45,
     "div": 5,
     "sqrt": 6,
