@@ -77,7 +77,8 @@ class WgpuBackend:
             }
             kind = "cpu" if a.is_cpu else "gpu"
             what = f"{a.name} ({a.vendor}, {a.kind}, {a.backend})"
-            out.append(DeviceInfo(f"wgpu:{a.index}", "wgpu", kind, True, what, a.description, properties))
+            detail = f"{a.description}\n{adapters.summary(a)}"
+            out.append(DeviceInfo(f"wgpu:{a.index}", "wgpu", kind, True, what, detail, properties))
         return out
 
     def to_device(self, array: np.ndarray, spec: str) -> Any:

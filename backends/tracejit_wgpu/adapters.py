@@ -128,6 +128,25 @@ def _enumerate() -> list[Adapter]:
     return out
 
 
+def summary(adapter: Adapter) -> str:
+    """Limits and optional features in a line, for ``tracejit devices``."""
+    limits = {**DEFAULT_LIMITS, **adapter.limits}
+    features = sorted(set(FEATURES) & adapter.features)
+    return (
+        f"buffers up to {_size(limits['max-buffer-size'])}, bindings {_size(limits['max-storage-buffer-binding-size'])}, "
+        f"workgroup memory {_size(limits['max-compute-workgroup-storage-size'])}, "
+        f"{limits['max-compute-invocations-per-workgroup']} invocations; "
+        f"features: {', '.join(features) or 'none'}"
+    )
+
+
+def _size(nbytes: int) -> str:
+    for unit, bits in (("GiB", 30), ("MiB", 20), ("KiB", 10)):
+        if nbytes >= 1 << bits:
+            return f"{nbytes / (1 << bits):.3g} {unit}"
+    return f"{nbytes} bytes"
+
+
 def install_hint() -> str:
     """What to install on this operating system to get a GPU driver."""
     if sys.platform.startswith("linux"):
