@@ -314,8 +314,10 @@ class Executable:
         self, rt: runtime.Runtime, key: tuple[int, ...], held: Mapping[int, Handle], part: tuple[int, int]
     ) -> list[Any]:
         """The (pipeline, bind group, grid) list of a segment for exactly these buffers, from the cache if possible."""
-        found = self._recordings.get((*key, part[0]))
+        place = (*key, part[0])
+        found = self._recordings.get(place)
         if found is not None:
+            self._recordings.move_to_end(place)
             return found
         triples = []
         for number in range(*part):
@@ -330,12 +332,14 @@ class Executable:
                 group = cache[mine] = rt.bind_group(self._kinds[number], handles)
                 if len(cache) > 2 * _RECORDINGS:
                     cache.popitem(last=False)
+            else:
+                cache.move_to_end(mine)
             triples.append((self._pipelines[number], group, dispatch.grid))
         found = fastpath.record(triples)
-        self._recordings[(*key, part[0])] = _Kept(found, triples)
+        kept = self._recordings[place] = _Kept(found, triples)
         if len(self._recordings) > _RECORDINGS * len(self._segments):
             self._recordings.popitem(last=False)
-        return self._recordings[(*key, part[0])]
+        return kept
 
     def _host(
         self, rt: runtime.Runtime, step: Step, held: Mapping[int, Handle], inputs: Sequence[Any]

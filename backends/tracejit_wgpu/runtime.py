@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
@@ -23,6 +23,10 @@ from tracejit_wgpu.memory import Handle, Pool, lost
 _T = TypeVar("_T")
 #: Calls that may be queued before one waits for the oldest.
 IN_FLIGHT = int(os.environ.get("TRACEJIT_WGPU_IN_FLIGHT", 16))
+#: Bytes of host data that may wait in staging memory before one waits for the device.
+STAGED_BYTES = int(os.environ.get("TRACEJIT_WGPU_STAGED_BYTES", 256 << 20))
+#: Pipelines kept beside those that live programs hold; the least recently used go first.
+PIPELINES = 4096
 
 #: PCI vendor ids whose hardware has a single subgroup size: NVIDIA, Apple.
 _ONE_SUBGROUP_SIZE = frozenset({0x10DE, 0x106B})
@@ -68,9 +72,11 @@ class Runtime:
             limits["max-buffer-size"],
             limits["max-storage-buffer-binding-size"],
         )
-        self._pipelines: dict[tuple[str, tuple[str, ...]], Any] = {}
+        self._pipelines: OrderedDict[tuple[str, tuple[str, ...]], Any] = OrderedDict()
         self._layouts: dict[tuple[str, ...], tuple[Any, Any]] = {}
-        self._in_flight: deque[int | None] = deque()
+        self._in_flight: deque[tuple[int | None, int]] = deque()  # (submission, bytes staged for it)
+        self._staged = 0  # bytes staged since the last submission
+        self._queued = 0  # bytes staged for submissions in flight
         self._fence: Handle | None = None
         self.target = Target(
             f16="shader-f16" in self.features,
@@ -175,6 +181,9 @@ class Runtime:
         key = (dispatch.code, kinds)
         found = self._pipelines.get(key)
         if found is not None:
+            with self.lock:
+                if key in self._pipelines:
+                    self._pipelines.move_to_end(key)
             return found
         layout = self.layout(kinds)[1]
         try:
@@ -192,7 +201,11 @@ class Runtime:
                 op=dispatch.label or "wgpu",
                 hint=f"this is a bug of tracejit; its WGSL is in {path}",
             ) from error
-        return self._pipelines.setdefault(key, found)
+        with self.lock:
+            found = self._pipelines.setdefault(key, found)
+            while len(self._pipelines) > PIPELINES:
+                self._pipelines.popitem(last=False)
+        return found
 
     def pipelines(self, dispatches: Sequence[Dispatch]) -> list[Any]:
         """Pipelines for all dispatches; new ones are compiled in parallel threads."""
@@ -239,11 +252,14 @@ class Runtime:
             compute = encoder.begin_compute_pass()
             fastpath.encode(compute, recording)
             compute.end()
-            self._in_flight.append(fastpath.submit(self.queue, encoder.finish()))
+            self._in_flight.append((fastpath.submit(self.queue, encoder.finish()), self._staged))
+            self._queued += self._staged
+            self._staged = 0
 
         with self.lock:
-            while len(self._in_flight) >= IN_FLIGHT:
-                index = self._in_flight.popleft()
+            while len(self._in_flight) >= IN_FLIGHT or (self._in_flight and self._queued > STAGED_BYTES):
+                index, staged = self._in_flight.popleft()
+                self._queued -= staged
                 self._wait(index)
             self.guard(action)
 
@@ -265,13 +281,18 @@ class Runtime:
         """Wait for everything submitted."""
         with self.lock:
             if self.dead is None:
-                self._in_flight.clear()
+                self._forget_queue()
                 self._wait(None)
+
+    def _forget_queue(self) -> None:
+        """Everything submitted is about to be waited for."""
+        self._in_flight.clear()
+        self._queued = 0
 
     def _wait(self, index: int | None) -> None:
         """Wait for a submission, or for all; without the raw path by reading four bytes back."""
         if not self.guard(lambda: fastpath.wait(self.device, index)):
-            self._in_flight.clear()
+            self._forget_queue()
             if self._fence is None:
                 self._fence = self.pool.acquire(256)
             self.read(self._fence, 4, np.dtype(np.uint32))
@@ -291,6 +312,11 @@ class Runtime:
             raw = np.concatenate([raw, np.zeros(4 - raw.nbytes % 4, np.uint8)])
         with self.lock:
             self.guard(lambda: self.queue.write_buffer(handle.buffer.gpu, 0, raw))
+            self._staged += raw.nbytes
+            if self._staged > STAGED_BYTES:  # uploads without calls between them: wgpu keeps a copy until a submission
+                self.guard(lambda: self.queue.submit([]))
+                self._staged = 0
+                self.finish()
 
     def write_uniform(self, buffer: Any, data: bytes) -> None:
         """Overwrite a uniform buffer."""

@@ -211,25 +211,25 @@ def test_an_adapter_that_gives_no_device_is_an_error(monkeypatch: pytest.MonkeyP
 
 def test_a_lost_device_is_a_clear_error_and_the_next_call_starts_it_anew() -> None:
     f = tj.trace(lambda x: np.tanh(x) * 2)
-    y = f(X, device="wgpu")
+    held = [f(X, device="wgpu")]
     old = runtime.get()
     old.device.destroy()
     with pytest.raises(tj.DeviceLostError, match=r"wgpu:0 .*was lost.*next call starts it anew"):
         f(X, device="wgpu")
     for use in (
-        lambda: np.asarray(y),
-        lambda: f(y, device="wgpu"),
-        lambda: f(y, device="cpu"),
-        lambda: y + 1,
+        lambda: np.asarray(held[0]),
+        lambda: f(held[0], device="wgpu"),
+        lambda: f(held[0], device="cpu"),
+        lambda: held[0] + 1,
     ):
         with pytest.raises(tj.DeviceLostError, match="gone"):
             use()
-    assert "lost with its device" in repr(y) and y.shape == (4,) and y.device == "wgpu:0"
+    assert "lost with its device" in repr(held[0]) and held[0].shape == (4,) and held[0].device == "wgpu:0"
     np.testing.assert_allclose(f(X, device="cpu"), np.tanh(X) * 2, rtol=1e-6)
     again = f(X, device="wgpu")  # the same function, the same program, a new device
     np.testing.assert_allclose(np.asarray(again), np.tanh(X) * 2, rtol=1e-6)
     assert runtime.get() is not old and runtime.get().dead is None
-    del y  # its buffer must not come back to the new device's pool
+    held.clear()  # its buffer must not come back to the new device's pool
     np.testing.assert_allclose(np.asarray(f(again, device="wgpu")), np.tanh(np.tanh(X) * 2) * 2, rtol=1e-6)
 
 
