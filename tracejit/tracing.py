@@ -55,7 +55,7 @@ def trace_function(
             weak = type(leaf) in WEAK_DTYPES
             shape = () if weak else leaf.shape
             dtype = WEAK_DTYPES[type(leaf)] if weak else canonical(leaf.dtype)
-            node = ctx.add_input(path, shape, dtype)
+            node = ctx.add_input(path, shape, dtype, "scalar" if weak else "argument")
             dynamic.append(i)
             if weak:
                 ctx.scalars[node] = leaf

@@ -73,6 +73,7 @@ class Runtime:
             limits["max-storage-buffer-binding-size"],
         )
         self._pipelines: OrderedDict[tuple[str, tuple[str, ...]], Any] = OrderedDict()
+        self._pipeline_lock = threading.Lock()  # not ``lock``: its holder may wait for the threads that compile
         self._layouts: dict[tuple[str, ...], tuple[Any, Any]] = {}
         self._in_flight: deque[tuple[int | None, int]] = deque()  # (submission, bytes staged for it)
         self._staged = 0  # bytes staged since the last submission
@@ -181,7 +182,7 @@ class Runtime:
         key = (dispatch.code, kinds)
         found = self._pipelines.get(key)
         if found is not None:
-            with self.lock:
+            with self._pipeline_lock:
                 if key in self._pipelines:
                     self._pipelines.move_to_end(key)
             return found
@@ -201,7 +202,7 @@ class Runtime:
                 op=dispatch.label or "wgpu",
                 hint=f"this is a bug of tracejit; its WGSL is in {path}",
             ) from error
-        with self.lock:
+        with self._pipeline_lock:
             found = self._pipelines.setdefault(key, found)
             while len(self._pipelines) > PIPELINES:
                 self._pipelines.popitem(last=False)

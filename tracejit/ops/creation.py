@@ -41,7 +41,7 @@ input_ = define(
     samples=list,
     attrs={
         "index": "int: position among the inputs",
-        "kind": "str: argument, capture or outer",
+        "kind": "str: argument, scalar (a Python number), capture or outer",
         "shape": "tuple of int",
         "dtype": "dtype",
     },
