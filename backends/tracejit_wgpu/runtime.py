@@ -73,7 +73,9 @@ class Runtime:
             limits["max-storage-buffer-binding-size"],
         )
         self._pipelines: OrderedDict[tuple[str, tuple[str, ...]], Any] = OrderedDict()
-        self._pipeline_lock = threading.Lock()  # not ``lock``: its holder may wait for the threads that compile
+        self._pipeline_lock = (
+            threading.Lock()
+        )  # not ``lock``: its holder may wait for the threads that compile
         self._layouts: dict[tuple[str, ...], tuple[Any, Any]] = {}
         self._in_flight: deque[tuple[int | None, int]] = deque()  # (submission, bytes staged for it)
         self._staged = 0  # bytes staged since the last submission
@@ -314,7 +316,9 @@ class Runtime:
         with self.lock:
             self.guard(lambda: self.queue.write_buffer(handle.buffer.gpu, 0, raw))
             self._staged += raw.nbytes
-            if self._staged > STAGED_BYTES:  # uploads without calls between them: wgpu keeps a copy until a submission
+            if (
+                self._staged > STAGED_BYTES
+            ):  # uploads without calls between them: wgpu keeps a copy until a submission
                 self.guard(lambda: self.queue.submit([]))
                 self._staged = 0
                 self.finish()

@@ -69,7 +69,7 @@ def test_a_warm_training_step_is_one_submission_and_two_uploads(counts: Counter[
     gc.collect()  # buffers of other tests' garbage would come back, and be taken, in between
     step, model, state = training()
     for _ in range(6):
-        _, model, state = step(model, state, X, Y, 1.0)
+        loss, model, state = step(model, state, X, Y, 1.0)
     counts.clear()
     for n in range(5):
         loss, model, state = step(model, state, X, Y, 1.0)
@@ -196,7 +196,7 @@ def resident() -> int:
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 def test_a_training_loop_does_not_grow() -> None:
-    """400 steps after a warm-up: no byte of device memory, no buffer, no bind group, no resident memory to speak of."""
+    """400 steps after a warm-up: no byte of device memory, no buffer, no pipeline, no resident memory to speak of."""
     from wgpu.backends.wgpu_native._helpers import generate_report
 
     gc.collect()
@@ -205,8 +205,8 @@ def test_a_training_loop_does_not_grow() -> None:
     def facts() -> tuple[Any, ...]:
         hub = generate_report()["hub"]
         pool = runtime.get().pool
-        kept = {k: hub[k]["kept"] for k in ("buffers", "bindGroups", "computePipelines", "commandBuffers")}
-        return kept, pool.total, len(pool._all)
+        kept = [hub[k]["kept"] for k in ("buffers", "computePipelines", "commandBuffers")]
+        return hub["bindGroups"]["kept"], [*kept, pool.total, len(pool._all)]
 
     def run(n: int) -> float:
         nonlocal model, state
@@ -215,9 +215,12 @@ def test_a_training_loop_does_not_grow() -> None:
         return float(loss)
 
     first = run(100)
-    before, memory = facts(), resident()
+    (groups, before), memory = facts(), resident()
     assert run(400) < first
-    assert facts() == before
+    now, after = facts()
+    assert (
+        after == before and now <= groups + 40
+    )  # the cache keeps groups for some sets of buffers, not for ever more
     assert resident() < memory + (4 << 20)
 
 
