@@ -7,10 +7,13 @@ number of them outside of pytest.
 from __future__ import annotations
 
 import os
+from typing import Any
 
+import numpy as np
 import pytest
 
-from tests.fuzz import compare, explain
+import tracejit as tj
+from tests.fuzz import _differences, compare, explain
 from tests.fuzz_programs import NARROW_DTYPES, WIDE_DTYPES, random_program
 
 COUNT = int(os.environ.get("TRACEJIT_FUZZ", "60"))
@@ -26,12 +29,20 @@ def test_random_programs(first: int, device: str) -> None:
             pytest.fail(explain(program, device), pytrace=False)
 
 
+def test_a_view_that_is_stacked_with_itself(device: str) -> None:
+    """Found by program 864: the second part was read from where the first had been written, with other strides."""
+    x = np.arange(36, dtype=np.float32).reshape(3, 4, 3)
+
+    def f(x: Any) -> Any:
+        view = x[1].reshape(3, -1)
+        return np.stack([view, view], axis=-1), np.concatenate([view.T, view.T])
+
+    for got, expected in zip(tj.trace(f)(x, device=device), f(x), strict=True):
+        np.testing.assert_array_equal(np.asarray(got), expected)
+
+
 def test_a_wrong_result_is_noticed() -> None:
     """The measuring stick itself: a result that is off by a relative 1e-4 is reported, and so is a changed dtype."""
-    import numpy as np
-
-    from tests.fuzz import _differences
-
     x = np.linspace(0.5, 1, 9, dtype=np.float32)
     wide = x.astype(np.float64)
     options = {"exact": False, "eps": 1.2e-7, "slack": 64.0, "loose": False}

@@ -140,7 +140,8 @@ class Fusion:
         for x in v.inputs:
             offset = at * strides[axis]
             at += x.shape[axis]
-            part = self.part_of(x, strides)
+            # A part that stands there twice lies in one place only; the other would be read from the middle of the first.
+            part = self.part_of(x, strides) if v.inputs.count(x) == 1 else None
             if part is None:
                 copy = self.copy_of(x, v.consumers)
                 copy.target = (v, strides, offset)
