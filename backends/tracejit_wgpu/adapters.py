@@ -12,6 +12,7 @@ import os
 import platform
 import sys
 import threading
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,7 +46,7 @@ _found: list[Adapter] | None = None
 
 @dataclass(frozen=True)
 class Adapter:
-    """One adapter: its number in the list, its description, and the wgpu object."""
+    """One adapter: its number in the list, what the driver says of itself and of the limits, and the wgpu object."""
 
     index: int
     name: str
@@ -112,6 +113,8 @@ def _enumerate() -> list[Adapter]:
     out = []
     for index, (_, _, _, handle) in enumerate(rows):
         info = handle.info
+        limits = {k: int(v) for k, v in dict(handle.limits).items()}
+        features = frozenset(handle.features)
         out.append(
             Adapter(
                 index=index,
@@ -119,24 +122,23 @@ def _enumerate() -> list[Adapter]:
                 vendor=str(info["vendor"]),
                 kind=str(info["adapter_type"]),
                 backend=str(info["backend_type"]),
-                description=str(info["description"]),
-                limits={k: int(v) for k, v in dict(handle.limits).items()},
-                features=frozenset(handle.features),
+                description=f"{info['description']}\n{summary(limits, features)}".strip(),
+                limits=limits,
+                features=features,
                 handle=handle,
             )
         )
     return out
 
 
-def summary(adapter: Adapter) -> str:
+def summary(found: Mapping[str, int], features: Iterable[str]) -> str:
     """Limits and optional features in a line, for ``tracejit devices``."""
-    limits = {**DEFAULT_LIMITS, **adapter.limits}
-    features = sorted(set(FEATURES) & adapter.features)
+    limits = {**DEFAULT_LIMITS, **found}
     return (
         f"buffers up to {_size(limits['max-buffer-size'])}, bindings {_size(limits['max-storage-buffer-binding-size'])}, "
         f"workgroup memory {_size(limits['max-compute-workgroup-storage-size'])}, "
         f"{limits['max-compute-invocations-per-workgroup']} invocations; "
-        f"features: {', '.join(features) or 'none'}"
+        f"features: {', '.join(sorted(set(FEATURES).intersection(features))) or 'none'}"
     )
 
 
@@ -203,7 +205,7 @@ def select(spec: str) -> Adapter:
         if software:
             return software[0]
     else:
-        named = [a for a in found if wanted.lower() in f"{a.name} {a.vendor} {a.description}".lower()]
+        named = [a for a in found if wanted.lower() in f"{a.name} {a.vendor}".lower()]
         if named:
             return named[0]
     names = ", ".join(f"wgpu:{a.index} = {a.name} ({a.kind})" for a in found)
