@@ -77,8 +77,7 @@ class WgpuBackend:
             }
             kind = "cpu" if a.is_cpu else "gpu"
             what = f"{a.name} ({a.vendor}, {a.kind}, {a.backend})"
-            detail = f"{a.description}\n{adapters.summary(a)}"
-            out.append(DeviceInfo(f"wgpu:{a.index}", "wgpu", kind, True, what, detail, properties))
+            out.append(DeviceInfo(f"wgpu:{a.index}", "wgpu", kind, True, what, a.description, properties))
         return out
 
     def to_device(self, array: np.ndarray, spec: str) -> Any:
