@@ -251,9 +251,9 @@ class Loaded:
                 binding.add_symbol(name, address)
             empty = binding.parse_assembly(f'target triple = "{host().triple}"\n')
             machine = binding.Target.from_triple(host().triple).create_target_machine(
-                cpu="", features=host().features, opt=2, reloc="pic", codemodel="small", jit=True
+                cpu="", features=host().features, opt=2, jit=True
             )
-            self._engine = binding.create_mcjit_compiler(empty, machine, use_lmm=True)
+            self._engine = binding.create_mcjit_compiler(empty, machine)
             self._engine.add_object_file(binding.object_file.ObjectFileRef.from_data(code))
             self._engine.finalize_object()
 

@@ -104,7 +104,7 @@ def target_machine() -> Any:
     binding = llvm()
     here = host()
     return binding.Target.from_triple(here.triple).create_target_machine(
-        cpu="", features=here.features, opt=2, reloc="pic", codemodel="small", jit=True
+        cpu="", features=here.features, opt=2, reloc="pic" if here.arch != "x86_64" else "default", jit=True
     )
 
 

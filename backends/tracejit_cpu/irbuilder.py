@@ -114,16 +114,6 @@ class Module:
             self._tables[key] = name
         return self._tables[key]
 
-    def splat_global(self, value: object, ty: str, lanes: int) -> str:
-        """A constant vector in memory; returns its symbol. See :meth:`Fn.memory_const`."""
-        text = const(value, ty, lanes)
-        key = f"{lanes}{ty}{text}".encode()
-        if key not in self._tables:
-            name = f"@tab{len(self._tables)}"
-            self.globals.append(f"{name} = private global {vec(ty, lanes)} {text}, align 64")
-            self._tables[key] = name
-        return self._tables[key]
-
     def attributes(self) -> str:
         """The attribute group shared by all functions."""
         width = f'"prefer-vector-width"="{self.host.vector_bytes * 8}"'
@@ -280,18 +270,6 @@ class Fn:
         self.emit(
             f"call void {name}({full} {value}, <{lanes} x ptr> align {align} {ptrs}, <{lanes} x i1> {mask})"
         )
-
-    def memory_const(self, value: object, ty: str, lanes: int) -> str:
-        """A constant vector as an operand in memory, for formulas with more constants than registers.
-
-        AVX2 cannot broadcast inside an arithmetic instruction: LLVM would emit a load per constant, each of which takes
-        one of the renamed registers that bound how far the processor runs ahead. A variable (that nobody writes) is
-        neither folded to a literal nor hoisted, and its load becomes a part of the fused multiply-add.
-        """
-        if lanes == 1 or self.module.host.arch != "x86_64" or self.module.host.vector_bytes != 32:
-            return const(value, ty, lanes)
-        symbol = self.module.splat_global(value, ty, lanes)
-        return self.op(f"load {vec(ty, lanes)}, ptr {symbol}, align 64")
 
     # -- arithmetic ---------------------------------------------------------------------------------------------
     def imul(self, a: str | int, b: str | int) -> str:

@@ -473,7 +473,7 @@ class LoopCompiler:
         reduces = [i for i in targets if local.instrs[i].op == "reduce"]
         sweep_cost = sum(mathlib.cost(local.instrs[i].op) for i in needed)
         if self.rows:
-            unroll = 4 if sweep_cost <= 12 else 2 if sweep_cost < 18 else 1
+            unroll = 4 if sweep_cost <= 12 else 2
             size = local.domain[self.v]
             while unroll > 1 and size < self.V * unroll:
                 unroll //= 2

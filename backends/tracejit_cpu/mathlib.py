@@ -69,7 +69,7 @@ class Num:
         """Horner's rule, highest power first."""
         p = self.c(coefficients[0])
         for k in coefficients[1:]:
-            p = self.fma(p, x, self.fn.memory_const(k, self.ty, self.lanes))
+            p = self.fma(p, x, self.c(k))
         return p
 
     def cmp(self, how: str, a: str, b: str) -> str:
