@@ -7,6 +7,7 @@ native parts, so that every program runs.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import math
 from collections.abc import Callable
@@ -252,7 +253,7 @@ def _part(program: Program, kernels: list[int]) -> tuple[list[int], Module, Layo
     module = Module(host())
     compiler = KernelCompiler(program, module)
     sub = _restrict(program, kernels)
-    planner = Planner(sub)
+    planner = Planner(sub, whole=len(kernels) == len(program.kernels))
     for k in sub.kernels:
         planner.start_kernel()
         for compiled, buffers in compiler.kernel(k):
@@ -349,7 +350,7 @@ def _meta(compiled: CompiledProgram) -> dict[str, Any]:
         if isinstance(s, HostStep):
             steps.append(s.kernel)
         else:
-            layout = [s.layout.buffers, s.layout.temps, s.layout.extra, s.layout.scratch, s.layout.units]
+            layout = dataclasses.astuple(s.layout)
             steps.append([s.kernels, layout, s.parallel, len(s.code), s.cost, s.support])
     return {"steps": steps}
 
@@ -362,8 +363,9 @@ def _from_cache(meta: dict[str, Any], code: bytes) -> CompiledProgram | None:
             if isinstance(s, int):
                 steps.append(HostStep(s))
                 continue
-            kernels, (buffers, temps, extra, scratch, units), parallel, size, cost, support = s
-            layout = Layout(buffers, [(a, b) for a, b in temps], extra, scratch, [tuple(u) for u in units])
+            kernels, (buffers, temps, extra, scratch, shared, units), parallel, size, cost, support = s
+            places = [(size, offset) for size, offset in temps]
+            layout = Layout(buffers, places, extra, scratch, shared, [tuple(u) for u in units])
             steps.append(Segment(kernels, layout, parallel, code[at : at + size], cost, support))
             at += size
     except (KeyError, TypeError, ValueError):

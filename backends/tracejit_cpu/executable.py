@@ -55,7 +55,8 @@ class Memory:
 
     def __init__(self, owner: CpuExecutable) -> None:
         program = owner.program
-        self.arena = aligned_bytes(max(program.arena, 1))
+        shared = [s.layout.extra for s in owner.segments if s.layout.shared]
+        self.arena = aligned_bytes(max(program.arena, *shared, 1))
         threads = runtime.pool().threads
         self.loose: dict[int, np.ndarray] = {}
         self.tables: list[np.ndarray] = []
@@ -73,7 +74,7 @@ class Memory:
         for segment, functions in zip(owner.segments, owner.task_functions):
             layout = segment.layout
             table = np.zeros(layout.slots, np.int64)
-            extra = aligned_bytes(max(layout.extra, 1))
+            extra = self.arena if layout.shared else aligned_bytes(max(layout.extra, 1))
             count = threads if segment.parallel else 1
             scratch = aligned_bytes(max(layout.scratch * count, 1))
             table[plan.HEADER : plan.HEADER + len(pointers)] = pointers
@@ -109,6 +110,7 @@ class UnitTables:
         self._slots = np.array(flat or [0], np.int64)
         self._start = np.cumsum([0, *(len(u[1]) for u in layout.units)])
         self._kept: list[np.ndarray] = []
+        self._single: dict[int, tuple[int, int]] = {}
 
     def _rows(self, chosen: Sequence[int], step: Sequence[int]) -> tuple[int, int]:
         """(address, length) of a list of units; ``step`` is the phase or level that decides where barriers are."""
@@ -149,9 +151,11 @@ class UnitTables:
 
     def kernel(self, index: int) -> tuple[int, int]:
         """The units of one kernel."""
-        units = self._layout.units
-        order = sorted((i for i, u in enumerate(units) if u[4] == index), key=lambda i: units[i][5])
-        return self._rows(order, [units[i][5] for i in order])
+        if index not in self._single:
+            units = self._layout.units
+            order = sorted((i for i, u in enumerate(units) if u[4] == index), key=lambda i: units[i][5])
+            self._single[index] = self._rows(order, [units[i][5] for i in order])
+        return self._single[index]
 
 
 class CpuExecutable:
@@ -292,13 +296,16 @@ class CpuExecutable:
     @contextlib.contextmanager
     def _borrowed(self) -> Iterator[Memory]:
         """Memory for one call through Python; it is kept for the next."""
-        try:
-            memory = self._spare.pop()
-        except IndexError:
-            memory = Memory(self)
-        yield memory
+        memory = self._spare_memory()
+        yield memory  # not kept after an error: an interrupt may have left it half way
         if len(self._spare) < 2:
             self._spare.append(memory)
+
+    def _spare_memory(self) -> Memory:
+        try:
+            return self._spare.pop()
+        except IndexError:
+            return Memory(self)
 
     def _results(self) -> list[np.ndarray]:
         """Arrays for the results: earlier ones that nobody refers to any more, or new ones."""
@@ -376,14 +383,16 @@ class CpuExecutable:
                 at += 1
                 continue
             table = memory.tables[part]
+            whole = table[:2].copy()
             lists = [memory.units[part].kernel(local) for local in range(len(step.kernels))]
             for local, kernel in enumerate(step.kernels):
-                table[0], table[1] = lists[local]
+                table[:2] = lists[local]
                 start[at] = time.perf_counter_ns()
                 pool.run(self._driver, table.ctypes.data, self._threads[part])
                 end[at] = time.perf_counter_ns()
                 order.append(kernel)
                 at += 1
+            table[:2] = whole
             part += 1
         return Timing(np.array(order, np.uint32), start, end, self._live(order), np.zeros(count, np.uint8))
 

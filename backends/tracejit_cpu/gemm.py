@@ -31,6 +31,8 @@ from tracejit_cpu.micro import Tile, micro_kernel, pack, pack_table, tile_for
 KC_MAX = 1024
 SMALL_B = 64 << 10  # bytes of an operand that is read in place
 PRIVATE_ROWS = 192  # with so few rows one task can cover them all
+SLAB_ROWS = 36  # with fewer rows per task, B is read too often
+PACK_K = 64  # a slab whose rows are contiguous is packed in pieces of this depth, which stay in a cache
 PREFETCH_K = 64  # products with shorter sums finish before a prefetch would
 
 
@@ -51,6 +53,8 @@ class GemmCompiler:
         self.temps: list[int] = []
         #: Few rows: the task that uses a panel of B packs it, into its own scratch memory.
         self.private_b = False
+        #: Many rows: each task packs its own rows of A, this many row blocks; 0 if not.
+        self.slab = 0
         self.stages: list[Stage] = []
         self.panels = -(-self.p.n // self.tile.nr)
         self.blocks = -(-self.p.m // self.tile.mr)
@@ -129,6 +133,19 @@ class GemmCompiler:
         at = fn.gep(ntab, first, "i64")
         fn.emit(f"call void @{name}(ptr {src}, ptr {ktab}, ptr {at}, i64 {kn}, i64 {number}, ptr {dst})")
 
+    def _fill_slab(self, fn: Fn, a: str, slab: str, first: str, last: str, k0: str, kn: str) -> None:
+        """Pack row blocks ``first`` to ``last`` of A over ``kn`` positions of the sum from ``k0``."""
+        p, t = self.p, self.tile
+        depth = PACK_K if p.a.free == 1 and p.a.ktable is None else int(kn)
+        with fn.loop(0, kn, depth) as k, fn.loop(first, last) as block:
+            place = fn.imul(fn.op(f"sub i64 {block}, {first}"), fn.imul(kn, t.mr))
+            dst = fn.gep(slab, fn.iadd(place, fn.imul(k, t.mr)), t.ty)
+            count = fn.imin(fn.op(f"sub i64 {kn}, {k}"), depth)
+            self._emit_pack(
+                fn, p.a, memory_type(p.a.dtype), a, self._first_row(fn, block), str(self.rows), t.mr, dst,
+                fn.iadd(k0, k), count,
+            )  # fmt: skip
+
     def _first_row(self, fn: Fn, block: str) -> str:
         """First row of row block ``block``."""
         if self.p.m % self.rows == 0:
@@ -136,15 +153,30 @@ class GemmCompiler:
         return fn.imin(fn.imul(block, self.rows), self.p.m - self.rows)
 
     # -- main stage -----------------------------------------------------------------------------------------------------
+    def _wanted(self) -> int:
+        """Number of tasks worth having."""
+        flops = 2.0 * math.prod(self.p.batch) * self.p.m * self.p.n * self.p.k
+        return min(24, max(1, int(flops / 400_000)))
+
+    def _slab(self) -> int:
+        """Row blocks per task when each task packs its own rows of A and goes over all columns; 0 where that is bad."""
+        rows = -(-self.blocks * math.prod(self.p.batch) // self._wanted())
+        rows = min(rows, self.blocks, max(1, 96 // self.tile.mr))
+        return (
+            rows
+            if rows * self.tile.mr >= SLAB_ROWS and self._reuse(self.p.a) == math.prod(self.p.batch)
+            else 0
+        )
+
     def _blocking(self) -> tuple[int, int]:
         """Row blocks and panels per task."""
         p, t = self.p, self.tile
         mb, nb = min(self.blocks, max(1, 96 // t.mr)), min(self.panels, max(1, 128 // t.nr))
         if self.private_b:
             mb = self.blocks
-        batch = math.prod(p.batch)
-        flops = 2.0 * batch * p.m * p.n * p.k
-        wanted = min(24, max(1, int(flops / 400_000)))
+        if self.slab:
+            return self.slab, self.panels
+        batch, wanted = math.prod(p.batch), self._wanted()
         while batch * -(-self.blocks // mb) * -(-self.panels // nb) < wanted and (mb > 1 or nb > 1):
             if nb > 1 and (nb * t.nr >= mb * t.mr or self.private_b):
                 nb = -(-nb // 2)
@@ -167,7 +199,9 @@ class GemmCompiler:
             self.private_b = True
         elif pack_b:
             self._pack_stage(p.b, t.nr, self.panels, "pb", rows=False)
-        if pack_a:
+        if pack_a and not self.private_b:
+            self.slab = self._slab()
+        if pack_a and not self.slab:
             self._pack_stage(p.a, t.mr, self.blocks, "pa", rows=True)
         self._main()
         self.stages[-1].after = list(range(len(self.stages) - 1))
@@ -187,6 +221,8 @@ class GemmCompiler:
         scratch = acc_bytes + (p.k * t.nr * t.bytes + 256 if tail_panel else 0)
         if self.private_b:
             scratch = acc_bytes + kc * t.nr * t.bytes + 256
+        slab_at = -(-scratch // 64) * 64
+        scratch = slab_at + self.slab * kc * t.mr * t.bytes
         outer = list(range(len(p.batch)))
         m_axis, n_axis = len(outer), len(outer) + 1
         epilogue = Epilogue(self.module, self.local, self.name, t, outer, m_axis, n_axis)
@@ -241,7 +277,10 @@ class GemmCompiler:
                 mk = micro_kernel(self.module, t, rows, vectors)
                 with fn.loop(first_block, last_block) as block:
                     m0 = self._first_row(fn, block)
-                    if p.a.packed is not None:
+                    if self.slab:
+                        local = fn.op(f"sub i64 {block}, {first_block}")
+                        ap, rs, ks = fn.gep(slab, fn.imul(local, fn.imul(kn, t.mr)), t.ty), 1, t.mr
+                    elif p.a.packed is not None:
                         ap = fn.gep(a, fn.iadd(fn.imul(block, p.k * t.mr), fn.imul(k0, t.mr)), t.ty)
                         rs, ks = 1, t.mr
                     else:
@@ -262,7 +301,11 @@ class GemmCompiler:
                     if final:
                         self._apply(fn, epilogue, width, block, m0, out, n0, index)
 
+            slab = fn.gep("%scr", slab_at, "i8")
+
             def run_panels(k0: str, kn: str, add: str, final: bool) -> None:
+                if self.slab:
+                    self._fill_slab(fn, a, slab, first_block, last_block, k0, kn)
                 full = self.panels - (1 if tail else 0)
                 if full:
                     with fn.loop(first_panel, fn.imin(last_panel, full)) as pn:

@@ -26,6 +26,7 @@ class Unit:
     tasks: int
     cost: float
     deps: list[int]
+    early: bool = False  # could run long before its kernel: it only reads
     phase: int = 0
 
 
@@ -45,7 +46,8 @@ UnitRow = tuple[int, list[int], int, int, int, int, bool]
 class Layout:
     """Pointer table of a native part: header, one slot per buffer, one per temporary.
 
-    ``temps`` are (size, offset) of the temporaries in the extra arena of ``extra`` bytes; ``scratch`` is per thread.
+    ``temps`` are (size, offset) of the temporaries in the extra arena of ``extra`` bytes, or, when ``shared``, in the
+    program's arena, which must have that size; ``scratch`` is per thread.
     ``units`` are [task function number, slots, tasks, phase, kernel, level within the kernel, worth stealing] in kernel
     order.
     """
@@ -54,6 +56,7 @@ class Layout:
     temps: list[tuple[int, int]] = field(default_factory=list)
     extra: int = 0
     scratch: int = 0
+    shared: bool = False
     units: list[UnitRow] = field(default_factory=list)
 
     @property
@@ -78,11 +81,37 @@ def overlaps(program: Program, a: int, b: int) -> bool:
     return x[0] == y[0] and x[1] < y[2] and y[1] < x[2]
 
 
-class Planner:
-    """Collects the units of a program and schedules them."""
+@dataclass
+class Place:
+    """Bytes that are in use during some phases (several threads) and some kernels (one thread, or observed)."""
 
-    def __init__(self, program: Program) -> None:
-        self.program = program
+    begin: int
+    end: int
+    phases: tuple[int, int]
+    kernels: tuple[int, int]
+
+    def meets(self, other: Place) -> bool:
+        """Whether both are in use at the same time under either order."""
+        return any(
+            a[0] <= b[1] and b[0] <= a[1]
+            for a, b in ((self.phases, other.phases), (self.kernels, other.kernels))
+        )
+
+
+def _spans(units: Sequence[Unit]) -> tuple[tuple[int, int], tuple[int, int]]:
+    """First and last phase, first and last kernel."""
+    phases, kernels = [u.phase for u in units] or [0], [u.kernel for u in units] or [0]
+    return (min(phases), max(phases)), (min(kernels), max(kernels))
+
+
+class Planner:
+    """Collects the units of a program and schedules them.
+
+    ``whole`` says that nothing runs besides these units, so that their temporaries may use gaps of the program's arena.
+    """
+
+    def __init__(self, program: Program, whole: bool = True) -> None:
+        self.program, self.whole = program, whole
         self.units: list[Unit] = []
         self.temp_sizes: list[int] = []
         self.temp_users: list[list[int]] = []
@@ -132,7 +161,10 @@ class Planner:
                 else:
                     slots.append(total + first_temp + ~p)
                     self.temp_users[first_temp + ~p].append(number)
-            self.units.append(Unit(index, stage.function, slots, stage.tasks, stage.cost, sorted(set(deps))))
+            early = stage.only_reads is not None
+            self.units.append(
+                Unit(index, stage.function, slots, stage.tasks, stage.cost, sorted(set(deps)), early)
+            )
             mine.append(number)
             self.scratch = max(self.scratch, stage.scratch)
         self.all_units[index].extend(mine)
@@ -141,25 +173,51 @@ class Planner:
         """Assign phases and place the temporaries."""
         for unit in self.units:
             unit.phase = 1 + max((self.units[d].phase for d in unit.deps), default=-1)
-        spans = []
-        for t, users in enumerate(self.temp_users):
-            phases = [self.units[u].phase for u in users] or [0]
-            spans.append((min(phases), max(phases), t))
-        placed: list[tuple[int, int, int, int]] = []  # offset, end, first, last
-        offsets = [0] * len(spans)
-        end = 0
-        for first, last, t in sorted(spans, key=lambda s: -self.temp_sizes[s[2]]):
+        self._delay()
+        layout = Layout(len(self.program.buffers))
+        layout.scratch = -(-self.scratch // 4096) * 4096 + 4096 if self.scratch else 0
+        placed = self._arena() if self.whole else []
+        layout.shared = self.whole
+        offsets = [0] * len(self.temp_sizes)
+        for t in sorted(range(len(offsets)), key=lambda t: -self.temp_sizes[t]):
+            users = [self.units[u] for u in self.temp_users[t]]
+            mine = Place(0, 0, *_spans(users))
             size = -(-self.temp_sizes[t] // ALIGN) * ALIGN + ALIGN
             at = 0
-            for low, high, begin, until in sorted(placed):
-                if begin <= last and first <= until and at < high and low < at + size:
-                    at = high
-            placed.append((at, at + size, first, last))
+            for other in sorted(placed, key=lambda p: p.begin):
+                if other.meets(mine) and at < other.end and other.begin < at + size:
+                    at = -(-other.end // ALIGN) * ALIGN
+            mine.begin, mine.end = at, at + size
+            placed.append(mine)
             offsets[t] = at
-            end = max(end, at + size)
-        layout = Layout(len(self.program.buffers), list(zip(self.temp_sizes, offsets)), end)
-        layout.scratch = -(-self.scratch // 4096) * 4096 + 4096 if self.scratch else 0
+            layout.extra = max(layout.extra, at + size)
+        layout.temps = list(zip(self.temp_sizes, offsets))
         return layout
+
+    def _arena(self) -> list[Place]:
+        """Where and when the program's own temporaries live: packed operands and the like fit in between."""
+        touching: dict[int, list[Unit]] = {}
+        for index, kernel in enumerate(self.program.kernels):
+            for touched in {*kernel.reads, *kernel.writes}:
+                touching.setdefault(touched, []).extend(self.units[u] for u in self.all_units[index])
+        places = []
+        for b in self.program.buffers:
+            if b.kind == "temp" and b.offset is not None and touching.get(b.id):
+                places.append(Place(b.offset, b.offset + b.nbytes, *_spans(touching[b.id])))
+        return places
+
+    def _delay(self) -> None:
+        """Move packing of operands next to its use: the copies live shortly and are still in a cache then."""
+        needed: dict[int, int] = {}
+        for unit in self.units:
+            for d in unit.deps:
+                needed[d] = min(needed.get(d, unit.phase), unit.phase)
+        for number in reversed(range(len(self.units))):
+            unit = self.units[number]
+            if unit.early and number in needed:
+                unit.phase = needed[number] - 1
+                for d in unit.deps:
+                    needed[d] = min(needed[d], unit.phase)
 
 
 def describe_units(planner: Planner, tasks: Sequence[str]) -> list[UnitRow]:
