@@ -26,6 +26,8 @@ from tracejit.tracing import Traced
 if TYPE_CHECKING:
     from tracejit.inspection import Inspection
 
+_NO_KERNELS, _NO_TIMES, _NO_LANES = np.zeros(0, np.uint32), np.zeros(0, np.int64), np.zeros(0, np.uint8)
+
 
 def build_program(graph: Graph, device: Device) -> Program:
     """The program of ``graph`` for ``device``; without kernels when the backend interprets graphs."""
@@ -149,7 +151,10 @@ class Entry:
         """Run under observers or ``debug_nans``."""
         if state.debug_nans:
             return self._run_checked(leaves)
-        return self.run_observed(leaves, events.current_observers())[0]
+        observers = events.current_observers()
+        if events.wants_times(observers, self.id):
+            return self.run_observed(leaves, observers)[0]
+        return self._run_counted(leaves, observers)
 
     # -- observed ----------------------------------------------------------------------------------------------------
 
@@ -183,11 +188,7 @@ class Entry:
         begin = time.perf_counter_ns()
         outs, timing = self.executable.observed(inputs)
         finish = time.perf_counter_ns()
-        loss = None
-        for node, value in zip(self.optimised.outputs, outs):
-            if node.shape == () and node.dtype.kind == "f":
-                loss = float(np.asarray(value))
-                break
+        loss = self._loss(outs)
         event = events.StepEvent(
             self.id,
             self.steps,
@@ -206,6 +207,31 @@ class Entry:
         for observer in observers:
             observer.on_step(event)
         return result, event
+
+    def _run_counted(self, leaves: Sequence[Any], observers: Sequence[events.Observer]) -> Any:
+        """Run at full speed; observers learn that it ran, how long it took and, on the host, the loss."""
+        for observer in observers:
+            self.announce(observer)
+        inputs = self.gather(leaves)
+        begin = time.perf_counter_ns()
+        outs = self.executable(inputs)
+        finish = time.perf_counter_ns()
+        loss = self._loss(outs) if self.device.backend.on_host else None  # reading it back would stall a GPU
+        event = events.StepEvent(
+            self.id, self.steps, _NO_KERNELS, _NO_TIMES, _NO_TIMES, _NO_TIMES, _NO_LANES, begin, finish, loss
+        )
+        self.steps += 1
+        result = self.finish(outs)
+        for observer in observers:
+            observer.on_step(event)
+        return result
+
+    def _loss(self, outs: Sequence[Any]) -> float | None:
+        """The first scalar floating-point output."""
+        for node, value in zip(self.optimised.outputs, outs):
+            if node.shape == () and node.dtype.kind == "f":
+                return float(np.asarray(value))
+        return None
 
     def _values(self, wanted: tuple[int, ...], inputs: Sequence[Any]) -> dict[int, np.ndarray]:
         """Values of intermediate nodes, from a variant of the program that also returns them (made on first request)."""

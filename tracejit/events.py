@@ -92,6 +92,8 @@ class CompileEvent:
 class StepEvent:
     """Sent once per call of an observed program: parallel arrays, one entry per executed kernel.
 
+    The arrays are empty when no observer wanted this call timed (:func:`wants_times`): it then ran at full speed.
+
     ``start``/``end`` are nanoseconds on the host's ``time.perf_counter_ns`` clock (device timestamps are shifted onto
     it), ``live`` the bytes of intermediate and output memory alive while the kernel runs, ``lane`` a small integer that
     separates concurrent queues or devices. ``loss`` is the first scalar floating-point output, if there is one.
@@ -115,7 +117,11 @@ class StepEvent:
 
 @runtime_checkable
 class Observer(Protocol):
-    """What a consumer of the stream implements. Calls come from the thread that runs the program; return quickly."""
+    """What a consumer of the stream implements. Calls come from the thread that runs the program; return quickly.
+
+    An observer may also have a method ``timed(program) -> bool``, asked before each call: False lets the call run
+    without kernel times, as fast as if nobody watched. An observer without it gets the times of every call.
+    """
 
     def on_compile(self, event: CompileEvent) -> None:
         """A program was compiled (or an already compiled one is seen by this observer for the first time)."""
@@ -154,6 +160,14 @@ class Recorder:
 def current_observers() -> tuple[Observer, ...]:
     """Observers attached to this thread, outermost first; the empty tuple when nobody watches."""
     return state.observers
+
+
+def wants_times(observers: Sequence[Observer], program: int) -> bool:
+    """Whether any of the observers wants kernel times for the next call of a program."""
+    answers = [getattr(o, "timed", None) for o in observers]
+    return any(
+        [ask is None or ask(program) for ask in answers]
+    )  # everyone is asked: they may use it to look around
 
 
 @contextlib.contextmanager

@@ -186,6 +186,7 @@ class CpuExecutable:
         self._targets = [b for b in program.buffers if b.kind == "output"]
         self._host = hostops.HostOps(program, self._compile_graph)
         self._source: list[str] | None = None
+        self._live_bytes: np.ndarray | None = None
         self.kernels: Sequence[KernelInfo] = [self._info(i) for i in range(len(program.kernels))]
         self._shapes = [tuple(node.shape) for node in program.graph.outputs]
         self._plain = list(program.outputs) == [b.id for b in self._targets]
@@ -397,7 +398,12 @@ class CpuExecutable:
         return Timing(np.array(order, np.uint32), start, end, self._live(order), np.zeros(count, np.uint8))
 
     def _live(self, order: Sequence[int]) -> np.ndarray:
-        """Bytes of intermediate and output memory in use while each kernel runs."""
+        """Bytes of intermediate and output memory in use while each kernel runs (the same on every call)."""
+        if self._live_bytes is None:
+            self._live_bytes = self._count_live(order)
+        return self._live_bytes
+
+    def _count_live(self, order: Sequence[int]) -> np.ndarray:
         buffers = {b.id: b for b in self.program.buffers if b.kind in ("temp", "output")}
         first: dict[int, int] = {}
         last: dict[int, int] = {}

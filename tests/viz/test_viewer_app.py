@@ -444,3 +444,22 @@ def test_a_live_session_follows_the_newest_step(small_event, meeting):
     driver.frame()
     assert not app.ui.live and "ended" in app.ui.note and app.ui.step is not None
     hub.close()
+
+
+def test_a_paused_window_draws_nothing_until_touched(driver):
+    """Nothing moves, nobody touches it: the processor belongs to the program."""
+    app = driver.app
+    driver.key(pygame.K_SPACE)
+    driver.settle(3.0)
+    assert not app.ui.playing
+    assert app.frame([]) is False and app.frame_rate() < 10
+    assert app.frame([pygame.event.Event(pygame.MOUSEMOTION, pos=(300, 300), rel=(1, 1), buttons=(0, 0, 0))])
+    assert app.frame_rate() == 60
+
+
+def test_a_playing_window_is_polite_while_the_program_runs(driver):
+    app = driver.app
+    driver.settle(3.0)
+    assert app.ui.playing and app.frame_rate() == 60  # a recording: nobody else needs the processor
+    app.ui.live = True
+    assert app.frame_rate() <= 20

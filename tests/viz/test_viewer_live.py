@@ -162,6 +162,78 @@ def test_values_and_code_are_sent_when_asked(hub, small_event):
     observer.close()
 
 
+def untimed(event):
+    """The same call as one that ran at full speed, in half the time."""
+    none = np.zeros(0, np.int64)
+    return dataclasses.replace(
+        event,
+        kernels=none,
+        start=none,
+        end=none,
+        live=none,
+        lane=none,
+        finish=event.begin + (event.finish - event.begin) // 2,
+    )
+
+
+def test_timing_kernels_takes_a_small_part_of_the_time(hub, small_event, monkeypatch):
+    """A program whose timed calls take 40 ms instead of 20: it runs at full speed for seconds between two of them."""
+    now = [100.0]
+    monkeypatch.setattr("tracejit_viz.client.time.monotonic", lambda: now[0])
+    observer = LiveObserver(spawn=False)
+    observer.on_compile(small_event)
+    slow = dataclasses.replace(synth.step_event(small_event, 0), begin=0, finish=40_000_000)
+    spent = timed = 0.0
+    for k in range(2000):
+        whole = observer.timed(1)
+        observer.on_step(dataclasses.replace(slow if whole else untimed(slow), step=k))
+        now[0] += 0.04 if whole else 0.02
+        spent += 0.04 if whole else 0.02
+        timed += 0.02 * whole
+    assert 0 < timed <= 0.012 * spent
+    observer._wanted[1] = {3}
+    assert observer.timed(1)  # values were asked for: the next call answers
+    observer.close()
+
+
+def test_untimed_steps_feed_the_curve_and_the_clock_only(hub, small_event):
+    observer = LiveObserver(spawn=False)
+    observer.on_compile(small_event)
+    send_steps(observer, small_event, 1)
+    for k in range(1, 6):
+        event = dataclasses.replace(
+            synth.step_event(small_event, k, begin=time.perf_counter_ns()), loss=1.0 / k
+        )
+        observer.on_step(untimed(event))
+        time.sleep(0.06)
+    observer.close()
+    pump(hub, lambda: hub.trainers and not hub.trainers[0].alive)
+    session = hub.trainers[0].sessions[1]
+    assert [s.step for s in session.steps] == [0] and session.total_steps == 6
+    assert session.loss[-1] == pytest.approx(0.2) and len(session.loss) >= 4
+    assert session.step_seconds(session.last) == session.plain > 0
+
+
+def test_a_watched_program_runs_untimed_most_of_the_time(hub):
+    """The core asks the observer; results are the same either way."""
+    import tracejit as tj
+
+    @tj.trace
+    def f(x):
+        return (x * 2 + 1).sum()
+
+    observer = LiveObserver(spawn=False)
+    seen = []
+    send = observer.on_step
+    observer.on_step = lambda event: (seen.append(len(event.kernels)), send(event))
+    x = np.ones(64, np.float32)
+    with events.observe(observer):
+        results = {float(f(x, device="cpu")) for _ in range(200)}
+    assert results == {192.0}
+    assert len(seen) == 200 and 0 < sum(map(bool, seen)) < 60
+    observer.close()
+
+
 def test_nonsense_connections_are_closed_and_the_others_live(hub, small_event):
     observer = LiveObserver(spawn=False)
     observer.on_compile(small_event)

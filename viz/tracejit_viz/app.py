@@ -25,7 +25,11 @@ from .scene import Scene
 from .ui import UiState
 
 FPS = 60
-IDLE_FPS = 12
+POLITE_FPS = (
+    20  # while a program is running and nobody touches the window: the program needs the processor more
+)
+IDLE_FPS = 8
+TOUCHED = 1.5  # seconds after the last input during which the window runs at full speed
 END_PAUSE = 0.6  # seconds at the end of a replay before the next one
 
 
@@ -83,7 +87,8 @@ class App(Actions):
         self._fitted = False
         self._gif: list[pygame.Surface] | None = None
         self._gif_next = 0.0
-        self._busy_until = 0.0
+        self._busy_until = clock() + TOUCHED
+        self._drawn = -2
         self._title = ""
         programs = self.programs()
         if programs:
@@ -155,39 +160,57 @@ class App(Actions):
         """The main loop; ``frames`` limits it for tests and benchmarks."""
         tick = pygame.time.Clock()
         while self.running and (frames is None or frames > 0):
-            self.frame(pygame.event.get())
-            pygame.display.flip()
-            tick.tick(FPS if self._lively() else IDLE_FPS)
+            if self.frame(pygame.event.get()):
+                pygame.display.flip()
+            tick.tick(self.frame_rate())
             if frames is not None:
                 frames -= 1
 
-    def _lively(self) -> bool:
+    def frame_rate(self) -> int:
+        """Frames per second that the present moment deserves."""
         now = self.clock()
         if now < self._busy_until or self.camera.flying or self._gif is not None:
-            return True
-        if self.ui.playing and self.ui.step is not None:
-            return True
-        return self.window.graph is None or not self.window.graph.sharp
+            return FPS
+        playing = self.ui.playing and self.ui.step is not None
+        drawing = self.window.graph is None or not self.window.graph.sharp
+        if not (playing or drawing or self.ui.typing):
+            return IDLE_FPS
+        return POLITE_FPS if self.ui.live else FPS
 
-    def frame(self, events: list[pygame.event.Event]) -> None:
-        """Handle events, advance time, draw."""
+    def frame(self, events: list[pygame.event.Event]) -> bool:
+        """Handle events, advance time, draw. False when nothing can have changed and nothing was drawn."""
         now = self.clock()
         dt = min(0.1, max(0.0, now - self._now))
         self._now = now
         if events:
-            self._busy_until = now + 0.5
+            self._busy_until = now + TOUCHED
         for event in events:
             self.handle(event, now)
         if self.hub is not None:
             self._listen(now)
         self._advance(dt, now)
         self.camera.update(now)
+        if self._still(now):
+            return False
+        self._drawn = self.ui.session.revision if self.ui.session is not None else -1
         self.ui.programs = tuple(s.name for _, s in self.programs())
         self.ui.program = next((i for i, (_, s) in enumerate(self.programs()) if s is self.ui.session), 0)
         self.window.draw(self.screen, self.ui, self.scene, self.camera, now, self.mouse)
         self._caption()
         if self._gif is not None:
             self._gif_frame(now)
+        return True
+
+    def _still(self, now: float) -> bool:
+        """True while the picture on screen stays right: paused, untouched, nothing new from the program."""
+        ui, graph = self.ui, self.window.graph
+        moving = ui.playing and ui.step is not None
+        if moving or ui.typing or self._gif is not None or self.camera.flying or now < self._busy_until:
+            return False
+        if now < ui.toast_until + 0.5 or (ui.step is not None and ui.step.nan_node is not None):
+            return False
+        revision = ui.session.revision if ui.session is not None else -1
+        return graph is not None and graph.sharp and self._drawn == revision and self.scene is graph.scene
 
     def _caption(self) -> None:
         """Window title: program, state, selection. Set only when it changes."""
@@ -205,8 +228,7 @@ class App(Actions):
 
     def _listen(self, now: float) -> None:
         assert self.hub is not None
-        if self.hub.poll():
-            self._busy_until = now + 0.3
+        self.hub.poll()
         for trainer, session in self.hub.fresh:
             current = self.ui.session
             if current is None or current.ended or (current.name == session.name and len(current.steps) < 2):

@@ -1,6 +1,8 @@
 """The training side: an observer that hands steps to the viewer's window and never holds up the program.
 
-One non-blocking send per shown step from a preallocated batch, at most sixty a second; a full pipe drops the step. A
+Timing every kernel slows a call down, so only as many calls are timed as cost half a percent together (the window shows
+one step for seconds anyway); the others run at full speed and only report their duration and loss. One non-blocking send
+per shown step from a preallocated batch; a full pipe drops the step. A
 viewer that is closed, killed or was never there only means that nothing is shown. Made by
 ``tracejit_viz.viewer.watch_observer``.
 """
@@ -9,6 +11,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import math
 import os
 import socket
 import subprocess
@@ -28,7 +31,10 @@ from .values import summarize
 if TYPE_CHECKING:
     from tracejit.events import CompileEvent, KernelInfo, StepEvent
 
-MAX_RATE = 60.0  # step frames per second
+MAX_RATE = 30.0  # timed steps per second
+LIGHT_RATE = 20.0  # steps without kernel times per second: loss curve, step rate
+BUDGET = 0.005  # part of the program's time that timing its kernels may take
+LONGEST = 10.0  # seconds between timed steps at most
 RETRY = 0.05  # seconds between attempts to connect
 POLL = 0.05  # seconds between looks for requests
 GIVE_UP = 15.0  # seconds to wait for a viewer that was started
@@ -97,9 +103,10 @@ class LiveObserver:
         self._kernels: dict[int, dict[int, KernelInfo]] = {}
         self._asked_source: list[tuple[int, int]] = []
         self._known: set[int] = set()
-        self._next_try = self._next_step = self._next_poll = 0.0
+        self._next_try = self._next_step = self._next_light = self._next_poll = self._next_timed = 0.0
         self._skipped: dict[int, int] = {}
-        self._held: StepEvent | None = None
+        self._held: dict[bool, StepEvent] = {}  # the newest step with kernel times (True) and without (False)
+        self._plain: dict[int, float] = {}  # seconds of a call that is not timed
         self._dead = False
         self._pid = os.getpid()
         self._lock = threading.Lock()
@@ -139,34 +146,18 @@ class LiveObserver:
                 self._queue_bytes(wire.compile_frame(event, with_source=False))
             self._pump()
 
-    def on_step(self, event: StepEvent) -> None:
-        """Send a step if it is time for one and the pipe has room; otherwise count it."""
+    def timed(self, program: int) -> bool:
+        """Whether the next call is to be timed: when values were asked for, and now and then."""
         if self._dead:
-            return
-        now = time.monotonic()
-        urgent = event.nan_node is not None or bool(event.values)
-        if now < self._next_step and not urgent:
-            self._held = event
-            self._skipped[event.program] = self._skipped.get(event.program, 0) + 1
-            return
-        if not self.alive or not self._lock.acquire(blocking=False):
-            return
-        try:
-            self._next_step = now + 1.0 / MAX_RATE
-            self._held = event
-            for node, array in event.values.items():
-                self._wanted.get(event.program, set()).discard(node)
-                self._queue_bytes(wire.values_frame(event.program, node, summarize(array, event.step)))
-            if not self._pump() and not urgent:
-                self.dropped += 1
-                self._skipped[event.program] = self._skipped.get(event.program, 0) + 1
-                return
-            self._send_step(event)
-        finally:
-            self._lock.release()
+            return False
+        now = self._look()
+        known = self._plain.get(program)
+        if known is None or self._wanted.get(program):
+            return True
+        return now >= self._next_timed and math.isfinite(known)
 
-    def wanted(self, program: int) -> Sequence[int]:
-        """Nodes the viewer asked for; looks at the socket a few times a second."""
+    def _look(self) -> float:
+        """Read the viewer's requests a few times a second; the time."""
         now = time.monotonic()
         if now >= self._next_poll and self.alive:
             self._next_poll = now + POLL
@@ -175,6 +166,58 @@ class LiveObserver:
                     self._receive()
                 finally:
                     self._lock.release()
+        return now
+
+    def on_step(self, event: StepEvent) -> None:
+        """Send a step if it is time for one and the pipe has room; otherwise count it."""
+        if self._dead:
+            return
+        now = time.monotonic()
+        urgent = event.nan_node is not None or bool(event.values)
+        whole = urgent or len(event.kernels) > 0
+        self._account(event, whole, now)
+        if not urgent and now < (self._next_step if whole else self._next_light):
+            self._held[whole] = event
+            self._skipped[event.program] = self._skipped.get(event.program, 0) + 1
+            return
+        if not self.alive or not self._lock.acquire(blocking=False):
+            return
+        try:
+            if whole:
+                self._next_step = now + 1.0 / MAX_RATE
+            self._next_light = now + 1.0 / LIGHT_RATE
+            self._held[whole] = event
+            for node, array in event.values.items():
+                self._wanted.get(event.program, set()).discard(node)
+                self._queue_bytes(wire.values_frame(event.program, node, summarize(array, event.step)))
+            if not self._pump() and not urgent:
+                self.dropped += 1
+                self._skipped[event.program] = self._skipped.get(event.program, 0) + 1
+                return
+            self._send_step(event, whole)
+            if whole:  # sending is part of the price
+                self._next_timed += (time.monotonic() - now) / BUDGET
+        finally:
+            self._lock.release()
+
+    def _account(self, event: StepEvent, whole: bool, now: float) -> None:
+        """Learn what a call takes without kernel times, and from that when the next timed one is due."""
+        seconds = (event.finish - event.begin) * 1e-9
+        known = self._plain.get(event.program)
+        if not whole:
+            self._plain[event.program] = (
+                seconds if known is None or seconds < known else 0.9 * known + 0.1 * seconds
+            )
+        elif known is None:
+            self._plain[event.program] = math.inf  # next, a call that is not timed
+            self._next_timed = now + 1.0 / MAX_RATE
+        else:
+            extra = max(0.0, seconds - known) / BUDGET
+            self._next_timed = now + min(LONGEST, max(1.0 / MAX_RATE, extra))
+
+    def wanted(self, program: int) -> Sequence[int]:
+        """Nodes the viewer asked for."""
+        self._look()
         asked = self._wanted.get(program)
         return tuple(asked) if asked else ()
 
@@ -183,11 +226,9 @@ class LiveObserver:
         if not self.alive:
             return
         with self._lock:
-            if self._held is not None:
-                self._queue_bytes(
-                    bytes(self._encoder.encode(self._held, self._skipped.get(self._held.program, 0)))
-                )
-                self._held = None
+            for event in sorted(self._held.values(), key=lambda e: e.step):
+                self._queue_bytes(bytes(self._encoder.encode(event, self._skipped.pop(event.program, 0))))
+            self._held.clear()
             self._queue_bytes(wire.pack(wire.BYE))
             end = time.monotonic() + EXIT_WAIT
             while not self._dead and not self._pump() and time.monotonic() < end:
@@ -196,7 +237,7 @@ class LiveObserver:
             self._dead = True
 
     # -- plumbing ----------------------------------------------------------------------------------------------------
-    def _send_step(self, event: StepEvent) -> None:
+    def _send_step(self, event: StepEvent, whole: bool) -> None:
         frame = self._encoder.encode(event, self._skipped.pop(event.program, 0))
         if self._socket is None or self._queue:
             if event.nan_node is not None:
@@ -213,7 +254,7 @@ class LiveObserver:
             self._lost()
             return
         self.sent += 1
-        self._held = None
+        self._held.pop(whole, None)
         if n < len(frame):  # the rest must follow before anything else
             self._queue.appendleft(memoryview(bytes(frame[n:])))
             self._queued += len(frame) - n
@@ -332,7 +373,7 @@ class LiveObserver:
         self._dead = True
         self._queue.clear()
         self._wanted.clear()
-        self._held = None
+        self._held.clear()
 
     def _give_up(self, why: str) -> None:
         self._lost()

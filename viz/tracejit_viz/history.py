@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -99,6 +100,7 @@ class Session:
         self._loss_skip = 0
         self.window = np.full((STATS_WINDOW, max(1, len(self.kernels))), np.nan, np.float32)
         self.durations = np.full(STATS_WINDOW, np.nan, np.float32)
+        self.plain = 0.0  # seconds of a call whose kernels were not timed, smoothed; 0 before the first
         self._rows = 0
         self.values: dict[int, NodeValues] = {}
         self.wanted: set[int] = set()
@@ -112,6 +114,11 @@ class Session:
         """Take one step in; thins old ones so that memory stays bounded however long the training runs."""
         self.total_steps = max(self.total_steps + 1, step.step + 1)
         self.revision += 1
+        self._follow(step)
+        if not len(step.kernels) and step.nan_node is None and self.kernels:  # ran untimed, at full speed
+            seconds = step.duration * 1e-9
+            self.plain = 0.9 * self.plain + 0.1 * seconds if self.plain else seconds
+            return
         row = self._rows % STATS_WINDOW
         self._rows += 1
         self.window[row] = np.nan
@@ -124,22 +131,26 @@ class Session:
             ran[slots[ok]] = True
             self.window[row, ran] = spent[ran]
         self.durations[row] = step.duration
-        if (
-            self._last_begin is not None
-            and step.begin > self._last_begin[0]
-            and step.step > self._last_begin[1]
-        ):
-            now = (step.step - self._last_begin[1]) / ((step.begin - self._last_begin[0]) * 1e-9)
-            self.rate = now if not self.rate else 0.85 * self.rate + 0.15 * now
-        self._last_begin = (step.begin, step.step)
         self.steps.append(step)
         if (
             len(self.steps) > self.keep
         ):  # thin: the recent half stays whole, the older half loses every other step
             half = len(self.steps) // 2
             self.steps[:half] = self.steps[:half:2]
+
+    def _follow(self, step: Step) -> None:
+        """Loss curve and step rate."""
+        last = self._last_begin
+        if last is not None and step.begin > last[0] and step.step > last[1]:
+            now = (step.step - last[1]) / ((step.begin - last[0]) * 1e-9)
+            self.rate = now if not self.rate else 0.85 * self.rate + 0.15 * now
+        self._last_begin = (step.begin, step.step)
         if step.loss is not None:
             self._add_loss(step.step, float(step.loss))
+
+    def step_seconds(self, step: Step | None) -> float:
+        """What a step of the training takes: untimed ones if there were any, else the given one."""
+        return self.plain or (step.duration * 1e-9 if step is not None else math.nan)
 
     def _add_loss(self, step: int, loss: float) -> None:
         self._loss_skip += 1

@@ -21,7 +21,7 @@ def main() -> int:
         if not hub.listening:
             return 0
         if hasattr(os, "nice"):
-            os.nice(5)  # the program being watched comes first
+            os.nice(15)  # the program being watched comes first
         try:
             from .app import App, default_size, open_screen
 

@@ -287,7 +287,7 @@ class Overlay:
         x, y, w, _ = self._box(scene, item, camera, view)
         label = self.fonts.render(text, 10, BG, MONO, BOLD)
         pill = self.sprites.pill(label.get_width() + 10, 15, color)
-        at = (round(x + w - pill.get_width() / 2 - 4), round(y - 9))
+        at = (round(x + w - pill.get_width() / 2 - 4), round(y - 13))
         if view.collidepoint(at):
             screen.blit(pill, at)
             screen.blit(label, (at[0] + 6, at[1] + 8 - label.get_height() // 2))

@@ -198,11 +198,13 @@ class TopBar:
         step = ui.step
         entries: list[tuple[str, str, int]] = []
         if s.loss:
-            at = s.loss[-1] if step is None or step.loss is None else step.loss
+            newest = ui.live and ui.follow
+            at = s.loss[-1] if newest or step is None or step.loss is None else step.loss
             entries.append(("loss", number_text(at), 16))
         if step is not None:
-            entries.append(("step", count_text(step.step), 14))
-            entries.append(("step time", time_text(step.duration * 1e-9), 14))
+            at_step = s.total_steps - 1 if ui.live and ui.follow else step.step
+            entries.append(("step", count_text(at_step), 14))
+            entries.append(("step time", time_text(s.step_seconds(step)), 14))
         if s.rate > 0:
             entries.append(
                 ("steps/s", f"{s.rate:,.0f}".replace(",", " ") if s.rate >= 100 else f"{s.rate:.3g}", 14)
@@ -223,9 +225,10 @@ class TopBar:
                 c.text("LIVE", (x - 34, mid), 9.5, dot, weight=BOLD, anchor="rc")
                 self.zones.append((pygame.Rect(x - 66, mid - 14, 52, 28), ("follow", None)))
                 x -= 66
-        if len(s.loss) > 2 and x - 224 > left + 190:
-            self._curve(c, x - 220, 204, mid, s.loss)
-            x -= 232
+        room = min(204.0, x - left - 190 - 20)
+        if len(s.loss) > 2 and room >= 80:
+            self._curve(c, x - room - 16, room, mid, s.loss)
+            x -= room + 28
         return x
 
     def _curve(self, c: Canvas, x: float, w: float, mid: float, loss: list[float]) -> None:

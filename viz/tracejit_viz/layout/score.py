@@ -111,9 +111,9 @@ class Page:
 
 
 def choose_columns(paths: Sequence[Path], most: int = 14) -> list[Path]:
-    """Scope prefixes that become columns: top scopes, the dominant ones opened up until none holds most of the page."""
+    """Scope prefixes that become columns: top scopes, opened up until none holds more than ``most`` cards."""
     columns = list(dict.fromkeys(p[:1] for p in paths if p))
-    for _ in range(24):
+    for _ in range(6):
         count: dict[Path, int] = defaultdict(int)
         children: dict[Path, dict[Path, int]] = defaultdict(dict)
         known = set(columns)
@@ -125,21 +125,14 @@ def choose_columns(paths: Sequence[Path], most: int = 14) -> list[Path]:
                         children[p[:i]][p[: i + 1]] = children[p[:i]].get(p[: i + 1], 0) + 1
                     break
         # a scope whose own cards outweigh its sub-scopes stays whole: they would lose their frame
-        big = [
+        big = {
             c
             for c in columns
-            if len(children[c]) > 1 and count[c] < 2 * sum(children[c].values()) and count[c] > most
-        ]
+            if count[c] > most and len(children[c]) > 1 and count[c] <= 2 * sum(children[c].values())
+        }
         if not big:
             break
-        worst = max(big, key=lambda c: count[c])
-        at = columns.index(worst)
-        # the scope's own direct nodes stay under its own name when there are many of them
-        own = count[worst] - sum(children[worst].values())
-        keep = [worst] if own > 0.5 * count[worst] else []
-        if keep:
-            break
-        columns[at : at + 1] = list(children[worst])
+        columns = [part for c in columns for part in (children[c] if c in big else (c,))]
     return columns
 
 
