@@ -265,3 +265,22 @@ def test_graphs_of_every_size_lay_out(n):
     assert any_overlap(list(page.items.values())) is None
     if n == 20_000:
         assert len(page.cells) > 20
+
+
+def test_the_gradient_alone_still_flows_right_to_left():
+    model = parse_graph(synth.load("grad_step"))
+    a = arrange(model)
+    page = layout_page(a.items, list(a.edges), phases=("gradient", "optimizer"))
+    cell = {i: c for c in page.cells for i in c.items}
+    left = right = 0
+    for s, d in a.edges:
+        if (
+            s in cell
+            and d in cell
+            and cell[s] is not cell[d]
+            and cell[s].phase == cell[d].phase == "gradient"
+        ):
+            stacked = abs(cell[s].rect[0] - cell[d].rect[0]) < 1
+            left += not stacked and cell[d].rect[0] < cell[s].rect[0]
+            right += not stacked and cell[d].rect[0] > cell[s].rect[0]
+    assert left > 4 * right

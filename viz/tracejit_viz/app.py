@@ -21,6 +21,7 @@ from .fold import Choices
 from .history import Session, Trainer
 from .hub import Hub
 from .layout.compound import LayoutCache
+from .model import FORWARD, GRADIENT, OPTIMIZER
 from .scene import Scene
 from .ui import UiState
 
@@ -173,7 +174,9 @@ class App(Actions):
             return FPS
         playing = self.ui.playing and self.ui.step is not None
         drawing = self.window.graph is None or not self.window.graph.sharp
-        if not (playing or drawing or self.ui.typing):
+        if drawing:
+            return FPS
+        if not (playing or self.ui.typing):
             return IDLE_FPS
         return POLITE_FPS if self.ui.live else FPS
 
@@ -400,14 +403,17 @@ class App(Actions):
         scene, choices = self.scene, self.scene.choices
         if item is not None and scene.items[item].kind == "group":
             it = scene.items[item]
-            choices.closed.discard((it.phase, it.group))
-            choices.opened.add((it.phase, it.group))
+            for g in _both(it.phase, it.group):
+                choices.closed.discard(g)
+                choices.opened.add(g)
+            self.ui.selected = None
         elif item is None:
             group = scene.group_at(*at)
             if group is None or group not in scene.arrangement.collapsible:
                 return
-            choices.opened.discard(group)
-            choices.closed.add(group)
+            for g in _both(*group):
+                choices.opened.discard(g)
+                choices.closed.add(g)
         else:
             return
         self.rebuild(keep=at)
@@ -428,3 +434,8 @@ class App(Actions):
         else:  # the same relative place of the page stays in view
             self.camera.x *= self.scene.page.width / max(1.0, old[0])
             self.camera.y *= self.scene.page.height / max(1.0, old[1])
+
+
+def _both(phase: str, path: tuple[str, ...]) -> list[tuple[str, tuple[str, ...]]]:
+    """A scope and its other half: forward and gradient are opened and closed together."""
+    return [(phase, path)] if phase == OPTIMIZER else [(FORWARD, path), (GRADIENT, path)]

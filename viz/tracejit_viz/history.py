@@ -150,7 +150,9 @@ class Session:
 
     def step_seconds(self, step: Step | None) -> float:
         """What a step of the training takes: untimed ones if there were any, else the given one."""
-        return self.plain or (step.duration * 1e-9 if step is not None else math.nan)
+        if self.plain or step is None:
+            return self.plain or math.nan
+        return step.duration * 1e-9 if len(step.kernels) else self.mean_duration()
 
     def _add_loss(self, step: int, loss: float) -> None:
         self._loss_skip += 1

@@ -121,7 +121,7 @@ class UiState:
 
     def auto_speed(self) -> None:
         """A dilation that plays a step in about six seconds."""
-        if self.step is None or self.speed_chosen:
+        if self.step is None or self.speed_chosen or not len(self.step.kernels):
             return
         wanted = self.duration * 1e-9 / 6.0
         self.speed = min(SPEEDS, key=lambda s: abs(math.log(s / max(wanted, 1e-12))))

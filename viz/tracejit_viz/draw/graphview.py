@@ -78,6 +78,10 @@ class GraphView:
                 self.front, self.back = self.back, None
             return
         layer = self.front
+        if (
+            layer.version != self.scene.version
+        ):  # cards have moved: better a moment's wait than a wrong picture
+            budget = max(budget, FIRST)
         outdated = layer.version != self.scene.version or layer.mode != self.mode or self.stale
         wrong = layer.zoom != camera.zoom
         margin_x = (layer.size[0] - self.rect.w) / 2

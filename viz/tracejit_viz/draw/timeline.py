@@ -52,7 +52,7 @@ class Timeline:
         if key != self._key or self._past is None or self._future is None:
             self._key = key
             if s is None or step is None or not len(step.kernels):
-                self._past = self._future = self._empty(rect, s)
+                self._past = self._future = self._empty(rect, s, step)
             else:
                 self.span = float(max(1, step.duration))
                 self._past = self._paint(rect, s, step, True)
@@ -83,7 +83,7 @@ class Timeline:
             y = self.rect.y + self._lane_y(int(step.lane[k]))
             pygame.draw.rect(screen, color, (round(x0), y, max(2, round(x1 - x0)), 20), border_radius=3)
 
-    def _empty(self, rect: tuple[int, int, int, int], s: Session | None) -> pygame.Surface:
+    def _empty(self, rect: tuple[int, int, int, int], s: Session | None, step: Step | None) -> pygame.Surface:
         c = Canvas(rect[2], rect[3], self.fonts, background=PANEL)
         c.rect((0, 0, rect[2], 1), LINE)
         text = (
@@ -91,7 +91,9 @@ class Timeline:
             if s is not None and s.kernels
             else "a static graph: no step was recorded"
         )
-        c.text(text, (rect[2] / 2, rect[3] / 2), 13, FAINT, anchor="cc")
+        if step is not None and step.nan_node is not None:
+            text = "checked node by node: the step stopped at its first NaN or Inf"
+        c.text(self.fonts.fit(text, 13, rect[2] - 20), (rect[2] / 2, rect[3] / 2), 13, FAINT, anchor="cc")
         return c.finish()
 
     def _lane_y(self, lane: int) -> int:

@@ -180,16 +180,22 @@ def _assign_columns(
 def _execution_order(
     main: Sequence[Card], edges: Sequence[tuple[int, int]], column: Mapping[int, Path]
 ) -> list[Path]:
-    """Columns in the order their forward cards depend on each other; ties and cycles by first execution."""
-    first: dict[Path, int] = {}
+    """Columns in the order their forward cards depend on each other; ties and cycles by first execution.
+
+    When the gradient stands alone its order is turned round: it flows from right to left.
+    """
     phase = {c.index: c.phase for c in main}
+    alone = "forward" not in phase.values()
+    lead = "gradient" if alone else "forward"
+    first: dict[Path, int] = {}
     for c in main:
-        rank = c.order + (0 if c.phase == "forward" else 10**9)
+        rank = (-c.order if alone else c.order) + (0 if c.phase == lead else 10**9)
         first[column[c.index]] = min(first.get(column[c.index], 1 << 60), rank)
     waits: dict[Path, set[Path]] = {p: set() for p in first}
     for a, b in edges:
-        if phase.get(a) == phase.get(b) == "forward" and column[a] != column[b]:
-            waits[column[b]].add(column[a])
+        if phase.get(a) == phase.get(b) == lead and column[a] != column[b]:
+            earlier, later = (b, a) if alone else (a, b)
+            waits[column[later]].add(column[earlier])
     ordered: list[Path] = []
     left = sorted(first, key=lambda p: first[p])
     while left:
