@@ -164,10 +164,11 @@ def current_observers() -> tuple[Observer, ...]:
 
 def wants_times(observers: Sequence[Observer], program: int) -> bool:
     """Whether any of the observers wants kernel times for the next call of a program."""
-    answers = [getattr(o, "timed", None) for o in observers]
-    return any(
-        [ask is None or ask(program) for ask in answers]
-    )  # everyone is asked: they may use it to look around
+    wanted = False
+    for observer in observers:  # everyone is asked: an observer may use the question to look around
+        timed = getattr(observer, "timed", None)
+        wanted |= timed is None or timed(program)
+    return wanted
 
 
 @contextlib.contextmanager

@@ -400,6 +400,24 @@ class Graph:
 
         return from_json(data)
 
+    def view(self) -> None:
+        """Open a window on the graph (nothing runs)."""
+        from tracejit.watching import view
+
+        view(self)
+
+    def _repr_png_(self) -> bytes | None:
+        """The picture that notebooks show; None (they show the text) without a viewer."""
+        from tracejit.watching import notebook_png
+
+        return notebook_png(self)
+
+    def _repr_html_(self) -> str | None:
+        """The picture with a line of text, for notebooks and exported pages."""
+        from tracejit.watching import notebook_html
+
+        return notebook_html(self)
+
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Graph):
             return NotImplemented

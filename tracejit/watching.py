@@ -5,7 +5,9 @@ The viewer package is named nowhere in tracejit; it publishes itself under the e
 
 from __future__ import annotations
 
+import base64
 import contextlib
+import html
 import importlib.metadata
 import os
 from collections.abc import Callable, Iterator
@@ -52,6 +54,28 @@ def view(target: Graph | Callable[..., Any], *args: Any, **kwargs: Any) -> None:
 def render_png(graph: Graph, size: tuple[int, int] = (1280, 720)) -> bytes:
     """A static picture of ``graph`` as PNG bytes (what notebooks show)."""
     return viewer().render_png(graph.to_json(), op_table(graph), size)
+
+
+def notebook_png(graph: Graph) -> bytes | None:
+    """:func:`render_png`, or None where there is no viewer to draw it: a notebook then shows the text."""
+    try:
+        return render_png(graph)
+    except (TraceError, ImportError):
+        return None
+
+
+def notebook_html(graph: Graph) -> str | None:
+    """The picture as a page fragment that needs no files beside it; None where there is no viewer."""
+    png = notebook_png(graph)
+    if png is None:
+        return None
+    data = base64.b64encode(png).decode()
+    name = html.escape(graph.name)
+    return (
+        f'<figure style="margin:0"><img alt="graph of {name}" style="max-width:100%;border-radius:8px" '
+        f'src="data:image/png;base64,{data}"><figcaption><code>{name}</code>: {len(graph)} nodes. '
+        "<code>.view()</code> opens it in a window.</figcaption></figure>"
+    )
 
 
 def op_table(graph: Graph) -> dict[str, dict[str, str]]:

@@ -209,6 +209,57 @@ def test_notebook_picture():
     assert pygame.image.load(io.BytesIO(png)).get_size() == (640, 400)
 
 
+def test_graphs_show_themselves_in_notebooks(monkeypatch):
+    step, args = trainer(mlp)
+    graph = step.graph(*args)
+    assert pygame.image.load(io.BytesIO(graph._repr_png_())).get_size() == (1280, 720)
+    page = graph._repr_html_()
+    assert "data:image/png;base64," in page and f"{len(graph)} nodes" in page
+    monkeypatch.setattr("importlib.metadata.entry_points", lambda **kwargs: ())
+    assert graph._repr_png_() is None and graph._repr_html_() is None  # no viewer: the text is shown
+
+
+def test_viewing_a_graph_sends_it_to_the_window(meeting, monkeypatch):
+    """``graph.view()``, ``tj.view(graph)`` and ``tj.view(fn, *args)``: nothing runs, the window gets the graph."""
+    monkeypatch.setenv("SDL_VIDEODRIVER", "dummy")
+    hub = Hub(place.meeting_dir())
+
+    @tj.trace
+    def shown(x):
+        return np.tanh(x).sum()
+
+    x = np.ones(3, np.float32)
+    shown.graph(x).view()
+    tj.view(shown.graph(x))
+    tj.view(shown, x)
+    pump(hub, lambda: len(hub.trainers) == 3 and all(t.sessions for t in hub.trainers))
+    for t in hub.trainers:
+        (session,) = t.sessions.values()
+        assert session.name == "shown" and session.device == "static" and not session.kernels
+    hub.close()
+
+
+def test_watch_argument(meeting, monkeypatch):
+    """``fn(x, watch=True)`` and ``tj.watch()`` send their calls to the same window; results are the same."""
+    hub = Hub(place.meeting_dir())
+    monkeypatch.setattr(viewer, "_observer", None)
+
+    @tj.trace
+    def watched(x):
+        return (x * 3).sum()
+
+    x = np.ones(4, np.float32)
+    assert float(watched(x, watch=True)) == 12
+    with tj.watch():
+        assert float(watched(x)) == 12
+    pump(hub, lambda: hub.trainers and hub.trainers[0].sessions)
+    (session,) = hub.trainers[0].sessions.values()
+    pump(hub, lambda: session.total_steps)
+    assert len(hub.trainers) == 1 and session.name == "watched"
+    viewer._observer.close()
+    hub.close()
+
+
 def test_watching_changes_no_result(tmp_path):
     step, args = trainer(mlp)
     plain, _ = train(step, args, 3)
