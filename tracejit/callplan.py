@@ -119,9 +119,12 @@ def _read(source: _Source, name: str, value: Any, leaves: list[str]) -> None:
         put(f"        if type({name}) is not {source.ref(kind)}: return None")
         for field in kind._static_names:
             static = source.fresh()
-            want = source.ref(getattr(value, field))
+            want = getattr(value, field)
             put(f"        {static} = {name}.{field}")
-            put(f"        if {static} != {want}: return None")
+            # The type as well: 2 == 2.0 == True in part, but they promote differently.
+            put(
+                f"        if type({static}) is not {source.ref(type(want))} or {static} != {source.ref(want)}: return None"
+            )
         for field in kind._dynamic_names:
             child = source.fresh()
             put(f"        {child} = {name}.{field}")

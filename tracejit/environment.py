@@ -10,6 +10,7 @@ from __future__ import annotations
 import enum
 import functools
 import random
+import re
 import sys
 import types
 from collections import Counter, deque
@@ -173,18 +174,19 @@ class _Walk:
                 yield array
 
     def _look_into_objects(self) -> None:
-        done: set[tuple[int, str]] = set()
-        while True:
-            todo = [
-                (obj, attribute)
-                for key, obj in self._objects.items()
-                for attribute in self._attributes
-                if (key, attribute) not in done
-            ]
-            if not todo or len(self.slots) >= _MAX_SLOTS or len(self._objects) >= _MAX_SLOTS:
+        """Watch every attribute name on every object, until neither grows; new pairs only, in the order of discovery."""
+        objects: list[Any] = []
+        attributes: list[str] = []
+        while len(self.slots) < _MAX_SLOTS and len(self._objects) < _MAX_SLOTS:
+            new_objects = list(self._objects.values())[len(objects) :]
+            new_attributes = [a for a in self._attributes if a not in set(attributes)]
+            if not new_objects and not new_attributes:
                 return
-            for obj, attribute in todo:
-                done.add((id(obj), attribute))
+            pairs = [(o, a) for o in objects for a in new_attributes]
+            pairs += [(o, a) for o in new_objects for a in (*attributes, *new_attributes)]
+            objects += new_objects
+            attributes += new_attributes
+            for obj, attribute in pairs:
                 self._attribute(obj, attribute)
 
     def _function(self, fn: Any) -> None:
@@ -296,16 +298,23 @@ class _Fields:
 
 
 _SCALARS = (bool, int, float, str, bytes, type(None), enum.Enum, np.generic, np.dtype)
-_LIBRARIES = frozenset(
-    {"numpy", "optree", "safetensors", "llvmlite", "wgpu", "pygame"}
-) | sys.stdlib_module_names - {"__main__"}
+_STANDARD = sys.stdlib_module_names - {"__main__"}
 
 
-@functools.lru_cache(maxsize=1024)
+@functools.lru_cache(maxsize=4096)
 def _is_library(module: str | None) -> bool:
-    """True for modules of Python, NumPy and tracejit: they do not change under a running program."""
+    """True for modules of Python, tracejit and installed packages: they do not change under a running program.
+
+    A package that is installed in editable mode, or imported from a source folder, is the user's own code.
+    """
     top = (module or "").partition(".")[0]
-    return top in _LIBRARIES or top == "tracejit" or top.startswith("tracejit_")
+    if top in _STANDARD or top == "tracejit" or top.startswith("tracejit_"):
+        return True
+    found = sys.modules.get(top)
+    places = [getattr(found, "__file__", None) or "", *getattr(found, "__path__", ())]
+    return any(
+        part in ("site-packages", "dist-packages") for p in places for part in re.split(r"[\\/]", str(p))
+    )
 
 
 def _is_tree(value: Any) -> bool:

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 import tracejit as tj
+from tracejit.nn.module import Module, static_field
 
 X = np.arange(6, dtype=np.float32).reshape(2, 3)
 
@@ -308,6 +309,22 @@ def test_static_argnames_take_part_by_value() -> None:
     np.testing.assert_array_equal(f(X, n=3), X * 3)
     np.testing.assert_array_equal(f(X, n=2), X * 2)
     assert f.cache_info().misses == 2
+
+
+def test_static_fields_of_a_module_take_part_by_value_and_type() -> None:
+    class Scale(Module):
+        k: object = static_field()
+
+        def __call__(self, x):
+            return x * self.k
+
+    f = tj.trace(lambda m, x: m(x))
+    x = np.arange(3)
+    for _ in range(2):
+        for k in (2, 2.0, True, 3):
+            got, want = f(Scale(k), x), x * k
+            np.testing.assert_array_equal(got, want)
+            assert got.dtype == want.dtype
 
 
 def test_unknown_static_argname_is_refused_at_decoration() -> None:

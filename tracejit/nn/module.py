@@ -97,11 +97,13 @@ class Module(metaclass=_ModuleMeta):
         new, names = object.__new__, dynamic + static
 
         def flatten(module: Any) -> tuple[Any, Any, tuple[str, ...]]:
-            return get_dynamic(module), get_static(module), dynamic
+            values = get_static(module)
+            # The types as well: 2 == 2.0, but a program for one of them is wrong for the other.
+            return get_dynamic(module), (values, (*map(type, values),)), dynamic
 
-        def unflatten(values: Any, children: Any) -> Any:
+        def unflatten(structure: Any, children: Any) -> Any:
             module = new(cls)
-            module.__dict__.update(zip(names, (*children, *values)))
+            module.__dict__.update(zip(names, (*children, *structure[0])))
             return module
 
         optree.register_pytree_node(
