@@ -118,7 +118,22 @@ class Entry:
             if now != value or type(now) is not type(value):
                 return False
         environment = self.environment
-        return environment is None or environment.unchanged()
+        return environment is None or environment.unchanged() or self._follow(environment)
+
+    def _follow(self, environment: Environment) -> bool:
+        """Where captured arrays were only replaced by others of their type, use the new ones: the graph stays right."""
+        found = environment.rebound()
+        if found is None:
+            return False
+        captures = list(self.captures)
+        for old, new in found[0]:
+            where = [i for i, c in enumerate(captures) if c is old]
+            if len(where) != 1 or (isinstance(new, np.ndarray) and not new.dtype.isnative):
+                return False
+            captures[where[0]] = new
+        # A call on another thread meanwhile sees the old arrays or the new ones, as in plain Python.
+        self.captures, self.environment = captures, found[1]
+        return True
 
     def gather(self, leaves: Sequence[Any]) -> Sequence[Any]:
         """The inputs of the executable: the dynamic leaves in order, then the captured arrays."""

@@ -40,10 +40,13 @@ class FrozenValueWarning(UserWarning):
 class Environment:
     """A snapshot of what a function reads, taken when it was traced."""
 
-    __slots__ = ("_arrays", "_cells", "_names", "_sets", "_trees")
+    __slots__ = ("_arrays", "_cells", "_fixed", "_names", "_sets", "_slots", "_trees")
 
-    def __init__(self, slots: Iterable[Slot], arrays: Iterable[np.ndarray] = ()) -> None:
-        slots = list(slots)
+    def __init__(
+        self, slots: Iterable[Slot], arrays: Iterable[np.ndarray] = (), fixed: Iterable[Any] = ()
+    ) -> None:
+        self._slots = slots = list(slots)
+        self._fixed = list(fixed)
         plain = [s for s in slots if not _is_tree(s[2])]
         self._names = [(c.get, n, v) for c, n, v in plain if not isinstance(c, types.CellType)]
         self._cells = [s for s in plain if isinstance(s[0], types.CellType)]
@@ -74,9 +77,47 @@ class Environment:
             new_leaves, new_tree = trees.flatten(now)
             if new_tree != tree or not all(a is b or _same(a, b) for a, b in zip(new_leaves, leaves)):
                 return False
+        return self._compared_contents_unchanged()
+
+    def _compared_contents_unchanged(self) -> bool:
         return all(s == before for s, before in self._sets) and all(
             array.tobytes() == before for array, before in self._arrays
         )
+
+    def rebound(self) -> tuple[list[tuple[Any, Any]], Environment] | None:
+        """The arrays that were replaced by others of equal type, as (old, new), if nothing else changed.
+
+        Also the environment with the new ones. None if an old array was reached in another way too, so that one input of
+        the graph would have to become two.
+        """
+        if not self._compared_contents_unchanged():
+            return None
+        pairs: list[tuple[Any, Any]] = []
+        places: Counter[int] = Counter(id(a) for a in self._fixed)
+        slots: list[Slot] = []
+        for container, name, value in self._slots:
+            now = _read(container, name)
+            slots.append((container, name, now))
+            old, new = [value], [now]
+            if _is_tree(value) or trees.is_node(value):
+                if type(now) is not type(value):
+                    return None
+                (old, tree), (new, new_tree) = trees.flatten(value), trees.flatten(now)
+                known = next((t for t in self._trees if t[0] is container and t[1] == name), None)
+                if known is not None:  # its items may have been replaced in place
+                    old, tree = known[2], known[3]
+                if tree != new_tree:
+                    return None
+            for a, b in zip(old, new, strict=True):
+                places[id(a)] += _is_array(a)
+                if a is b or _same(b, a):
+                    continue
+                if not (_is_array(a) and type(a) is type(b) and (a.dtype, a.shape) == (b.dtype, b.shape)):
+                    return None
+                pairs.append((a, b))
+        if any(places[id(a)] != 1 for a, _ in pairs):
+            return None
+        return pairs, Environment(slots, [a for a, _ in self._arrays], self._fixed)
 
     def changes(self) -> list[str]:
         """What changed, for the retrace explanation."""
@@ -100,7 +141,8 @@ def snapshot(
     ``captured`` are the arrays that became inputs of the graph, each with how often it was used there.
     """
     walk = _Walk(fn, objects)
-    return Environment(walk.slots.values(), walk.arrays_used_outside(captured))
+    compared = list(walk.arrays_used_outside(captured))
+    return Environment(walk.slots.values(), compared, [*walk.fixed.values(), *compared])
 
 
 # -- random numbers ------------------------------------------------------------------------------------------------
@@ -155,9 +197,14 @@ class _Walk:
     def __init__(self, fn: Callable[..., Any], objects: Sequence[Any]) -> None:
         self.slots: dict[tuple[int, str], Slot] = {}
         self.generators: dict[int, Any] = {}
+        #: Arrays reached in other ways than through a slot: defaults, arguments of partials.
+        self.fixed: dict[int, np.ndarray] = {}
         self._arrays: dict[int, np.ndarray] = {}
         self._loads: Counter[int] = Counter()
-        self._attributes: set[str] = {"__call__"}
+        #: The attribute names and constant keys under which each array is found.
+        self._found_as: dict[int, set[tuple[str, Any]]] = {}
+        self._attributes: Counter[str] = Counter(("__call__",))
+        self._keys: Counter[Any] = Counter()
         self._objects: dict[int, Any] = {}
         self._codes: set[tuple[int, ...]] = set()
         self._values: dict[int, Any] = {}  # holds them, so that no id is used twice
@@ -167,10 +214,27 @@ class _Walk:
         self._look_into_objects()
 
     def arrays_used_outside(self, captured: Sequence[tuple[Any, int]]) -> Iterator[np.ndarray]:
-        """Arrays that the function read more often than they entered the graph: some use went through NumPy at once."""
+        """Arrays that the function read more often than they entered the graph: some use went through NumPy at once.
+
+        Reads by a name are counted exactly. Which object an attribute or a key was read of is not known, so for these the
+        arrays found under it are counted together; one that never entered the graph is always among the result.
+        """
+        inside = {
+            key: sum(n for c, n in captured if c is array or _is_view(c, array))
+            for key, array in self._arrays.items()
+        }
+        together: Counter[tuple[str, Any]] = Counter()
+        for key, found in self._found_as.items():
+            together.update(dict.fromkeys(found, inside[key]))
         for key, array in self._arrays.items():
-            inside = sum(n for c, n in captured if c is array or _is_view(c, array))
-            if inside < self._loads[key] and array.nbytes <= _MAX_BYTES and array.dtype != object:
+            reads = {
+                (kind, name): self._attributes[name] if kind == "attribute" else max(self._keys[name], 1)
+                for kind, name in self._found_as.get(key, ())
+            }
+            least = self._loads[key] + any(reads.values())
+            if inside[key] >= least and all(together[f] >= n for f, n in reads.items()):
+                continue
+            if array.nbytes <= _MAX_BYTES and array.dtype != object:
                 yield array
 
     def _look_into_objects(self) -> None:
@@ -199,9 +263,11 @@ class _Walk:
         key = (id(code), *map(id, closure))
         if key in self._codes or source.is_internal(code.co_filename):
             return
-        self._codes.add(key)
         reads: Reads = reads_of(code)
-        self._attributes |= reads.attributes
+        if (id(code),) not in self._codes:
+            self._attributes.update(reads.attributes)
+            self._keys.update(reads.keys)
+        self._codes |= {key, (id(code),)}
         for name, loads in reads.names.items():
             if name in fn.__globals__:
                 self._slot(fn.__globals__, id(fn.__globals__), name, fn.__globals__[name], loads)
@@ -222,11 +288,18 @@ class _Walk:
                 self._objects[id(value)] = value
             return
         self.slots.setdefault((owner, name), (container, name, value))
-        self._value(value, loads)
+        self._value(value, loads, in_slot=True)
 
-    def _value(self, value: Any, loads: int) -> None:
+    def _attribute_slot(self, container: Any, owner: int, name: str, value: Any) -> None:
+        if isinstance(value, np.ndarray):
+            self._found_as.setdefault(id(value), set()).add(("attribute", name))
+        self._slot(container, owner, name, value, 0)
+
+    def _value(self, value: Any, loads: int, in_slot: bool = False) -> None:
         """Look into a value that the function can reach."""
         if isinstance(value, np.ndarray):
+            if not in_slot:
+                self.fixed[id(value)] = value
             self._arrays[id(value)] = value
             self._loads[id(value)] += loads
             return
@@ -248,8 +321,10 @@ class _Walk:
         elif isinstance(value, staticmethod | classmethod):
             self._value(value.__func__, 1)
         elif _is_tree(value):
-            for leaf in trees.leaves(value):
-                self._value(leaf, 1)
+            for path, leaf in trees.with_paths(value):
+                if isinstance(leaf, np.ndarray):
+                    self._found_as.setdefault(id(leaf), set()).add(("key", path[-1]))
+                self._value(leaf, 0, in_slot)
         elif _is_generator(value):
             self.generators[id(value)] = value
         elif not isinstance(value, type) and "__wrapped__" in _fields(value):
@@ -261,7 +336,7 @@ class _Walk:
         """Watch one attribute of an object, class or module, wherever Python would find it."""
         own = _fields(obj)
         if not isinstance(obj, type) and name in own:
-            self._slot(own, id(obj), name, own[name], 1)
+            self._attribute_slot(own, id(obj), name, own[name])
             return
         if isinstance(obj, types.ModuleType):
             return
@@ -273,9 +348,9 @@ class _Walk:
                 fields = _Fields(obj)
                 value = fields.get(name, _MISSING)
                 if value is not _MISSING and not isinstance(obj, type):
-                    self._slot(fields, id(obj), name, value, 1)
+                    self._attribute_slot(fields, id(obj), name, value)
             elif not _is_library(cls.__module__):
-                self._slot(vars(cls), id(cls), name, found, 1)
+                self._attribute_slot(vars(cls), id(cls), name, found)
             return
 
 
@@ -329,6 +404,10 @@ def _is_object(value: Any) -> bool:
     return not _is_library((value if isinstance(value, type) else type(value)).__module__) or isinstance(
         value, types.SimpleNamespace
     )
+
+
+def _is_array(value: Any) -> bool:
+    return isinstance(value, np.ndarray) or hasattr(type(value), "__tracejit_array__")
 
 
 def _same(now: Any, before: Any) -> bool:

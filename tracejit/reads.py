@@ -6,7 +6,7 @@ import dis
 import functools
 import types
 from collections import Counter
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 #: Reading only these of an array does not look at its elements; a new shape is a new array, which is noticed anyway.
 _METADATA = frozenset({"shape", "dtype", "ndim", "size", "nbytes", "itemsize"})
@@ -16,34 +16,45 @@ _ATTRIBUTE_LOADS = frozenset({"LOAD_ATTR", "LOAD_METHOD", "LOAD_SUPER_ATTR"})
 
 
 class Reads(NamedTuple):
-    """How often each global name, closure cell and local is loaded for its value, and the attribute names that occur."""
+    """How often each global name, closure cell, local, attribute and constant key is loaded for its value.
+
+    A count of zero means that only its shape or the like is looked at.
+    """
 
     names: Counter[str]
     cells: Counter[str]
     locals: Counter[str]
-    attributes: frozenset[str]
+    attributes: Counter[str]
+    keys: Counter[Any]
 
 
 @functools.lru_cache(maxsize=4096)
 def reads_of(code: types.CodeType) -> Reads:
     """The reads of ``code`` and of the functions nested in it.
 
-    ``x.shape`` and ``len(x)`` count no load of ``x``. String constants that could be attribute names count as such, for
-    ``getattr(self, "w")``.
+    ``x.shape`` and ``len(x)`` count no load of ``x``. String constants that could be attribute names are listed as such,
+    for ``getattr(self, "w")``.
     """
     names: Counter[str] = Counter()
     cells: Counter[str] = Counter()
     local: Counter[str] = Counter()
-    attributes: set[str] = set()
+    attributes: Counter[str] = Counter()
+    keys: Counter[Any] = Counter()
     instructions = [
         i for i in dis.get_instructions(code) if i.opname not in ("CACHE", "EXTENDED_ARG", "PUSH_NULL")
     ]
     for k, instruction in enumerate(instructions):
         opname, name = instruction.opname, instruction.argval
         if opname in _ATTRIBUTE_LOADS:
-            attributes.add(name)
-            continue
-        if opname in _NAME_LOADS:
+            counter = attributes
+        elif opname == "BINARY_SUBSCR" or (opname == "BINARY_OP" and instruction.argrepr == "[]"):
+            before = instructions[k - 1]
+            if not before.opname.startswith("LOAD_CONST") and before.opname != "LOAD_SMALL_INT":
+                continue
+            counter, name = keys, before.argval
+            if not isinstance(name, str | int):
+                continue
+        elif opname in _NAME_LOADS:
             counter = names
         elif opname in _CELL_LOADS:
             counter = cells
@@ -70,11 +81,11 @@ def reads_of(code: types.CodeType) -> Reads:
             inner = reads_of(constant)
             names.update(inner.names)
             cells.update(inner.cells)
-            # A name of the outer function that is a cell in the inner one.
-            attributes |= inner.attributes
+            attributes.update(inner.attributes)
+            keys.update(inner.keys)
         elif isinstance(constant, str) and constant.isidentifier():
-            attributes.add(constant)
-    return Reads(names, cells, local, frozenset(attributes))
+            attributes[constant] += 0
+    return Reads(names, cells, local, attributes, keys)
 
 
 __all__ = ["Reads", "reads_of"]

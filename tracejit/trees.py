@@ -32,6 +32,17 @@ def unflatten(structure: Any, new_leaves: Sequence[Any]) -> Any:
     return optree.tree_unflatten(structure, new_leaves)
 
 
+def with_paths(tree: Any) -> list[tuple[tuple[Any, ...], Any]]:
+    """For each leaf, its path of keys, indices and field names, and the leaf."""
+    found, leaves_found, _ = optree.tree_flatten_with_path(tree, namespace=NAMESPACE)
+    return list(zip(found, leaves_found, strict=True))
+
+
+def is_node(value: Any) -> bool:
+    """True for anything that is not a leaf: a container, a module, None."""
+    return not optree.tree_is_leaf(value, namespace=NAMESPACE)
+
+
 def tree_map(fn: Callable[..., Any], tree: Any, *rest: Any) -> Any:
     """``fn`` applied to corresponding leaves of trees of equal structure."""
     return optree.tree_map(fn, tree, *rest, namespace=NAMESPACE)

@@ -258,3 +258,111 @@ def test_tracejits_random_numbers_are_not_frozen() -> None:
         warnings.simplefilter("error")
         a, b = (f(X, k) for k in tj.random.split(tj.random.key(0)))
     assert not np.array_equal(a, b)
+
+
+def _rebindings() -> Iterator[tuple[str, Callable[..., Any], Callable[[np.ndarray], None]]]:
+    """(what is rebound, a function of x that reads it, the rebinding to a new array of three)."""
+    cell = np.ones(3)
+
+    def rebind_cell(value: np.ndarray) -> None:
+        nonlocal cell
+        cell = value
+
+    yield "a closure cell", lambda x: x * cell, rebind_cell
+    m = Model()
+    yield "an attribute", lambda x: m.forward(x), lambda value: setattr(m, "w", value)
+    params = {"w": np.ones(3), "b": [np.zeros(3)]}
+    yield "an item", lambda x: x * params["w"] + params["b"][0], lambda value: params.update(w=value)
+    nested = {"w": np.ones(3), "b": [np.zeros(3)]}
+    yield (
+        "a nested item",
+        lambda x: x * nested["w"] + nested["b"][0],
+        lambda value: nested["b"].__setitem__(0, value),
+    )
+    norm = nn.LayerNorm(3, dtype=np.float64)
+
+    def rebind_norm(value: np.ndarray) -> None:
+        nonlocal norm
+        norm = norm.replace(weight=value, bias=value + 1)
+
+    yield "a module", lambda x: norm(x), rebind_norm
+
+
+REBINDINGS = {name: (fn, change) for name, fn, change in _rebindings()}
+
+
+@pytest.mark.parametrize("name", REBINDINGS)
+def test_another_array_of_the_same_type_needs_no_retrace(name: str) -> None:
+    fn, rebind = REBINDINGS[name]
+    f = tj.trace(fn)
+    for i in range(6):
+        np.testing.assert_allclose(f(X), fn(X), rtol=1e-12)
+        np.testing.assert_allclose(f(X + 1), fn(X + 1), rtol=1e-12)
+        rebind(np.array([1.0, 2.0, 3.0]) * i)
+    assert f.cache_info().misses == 1
+
+
+def test_an_array_of_another_type_or_known_by_two_names_does() -> None:
+    part, other = Part(), Part()
+    part.gain = other.gain = np.ones(3)  # type: ignore[assignment]
+    f = tj.trace(lambda x: x * part.gain + other.gain)
+    np.testing.assert_array_equal(f(X), X + 1)
+    part.gain = np.full(3, 2.0)  # type: ignore[assignment]
+    np.testing.assert_array_equal(f(X), X * 2 + 1)
+    part.gain = np.full(3, 3.0)  # type: ignore[assignment]
+    np.testing.assert_array_equal(f(X), X * 3 + 1)
+    assert f.cache_info().misses == 2
+    part.gain = np.full(1, 4.0)  # type: ignore[assignment]
+    np.testing.assert_array_equal(f(X), X * 4 + 1)
+    part.gain = np.full(3, 5.0, ">f8")  # type: ignore[assignment]
+    np.testing.assert_array_equal(f(X), X * 5 + 1)
+    part.gain = 6.0
+    np.testing.assert_array_equal(f(X), X * 6 + 1)
+
+
+def test_a_rebound_array_whose_values_were_used_while_tracing_retraces() -> None:
+    part = Part()
+    part.gain = np.ones(3)  # type: ignore[assignment]
+    f = tj.trace(lambda x: x * part.gain if part.gain[0] > 0 else x)  # type: ignore[index]
+    np.testing.assert_array_equal(f(X), X)
+    for value in (2.0, -1.0, 3.0):
+        part.gain = np.full(3, value)  # type: ignore[assignment]
+        np.testing.assert_array_equal(f(X), X * value if value > 0 else X)
+
+
+def test_the_same_through_an_item() -> None:
+    params = {"w": np.ones(3), "b": np.ones(3)}
+    f = tj.trace(lambda x: x * params["w"] if params["w"][0] > 0 else x + params["b"])
+    for value in (2.0, -1.0, 3.0):
+        params["w"] = np.full(3, value)
+        np.testing.assert_array_equal(f(X), X * value if value > 0 else X + 1)
+        params["w"][0] *= -1  # in place
+        np.testing.assert_array_equal(f(X), X * params["w"] if value < 0 else X + 1)
+
+
+def test_a_plain_python_model_trains_without_a_retrace() -> None:
+    """Weights are attributes of two layers and of a list of layers; a step rebinds them all."""
+
+    class Layer:
+        def __init__(self, seed: int) -> None:
+            self.w = np.random.default_rng(seed).normal(size=(3, 3))
+            self.b = np.zeros(3)
+
+    class Net:
+        def __init__(self) -> None:
+            self.first, self.last = Layer(0), Layer(1)
+            self.middle = [Layer(2), Layer(3)]
+
+        def __call__(self, x: Any) -> Any:
+            x = np.tanh(x @ self.first.w + self.first.b)
+            for layer in self.middle:
+                x = np.tanh(x @ layer.w + layer.b)
+            return x @ self.last.w + self.last.b
+
+    net = Net()
+    f = tj.trace(lambda x: net(x))
+    for _ in range(5):
+        np.testing.assert_allclose(f(X), net(X), rtol=1e-10)
+        for layer in (net.first, net.last, *net.middle):
+            layer.w, layer.b = layer.w * 0.9, layer.b + 1
+    assert f.cache_info().misses == 1

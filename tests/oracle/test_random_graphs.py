@@ -66,7 +66,7 @@ def test_values_are_numpys(program: Program) -> None:
             np.testing.assert_array_equal(g, e, err_msg=name)
 
 
-@SETTINGS
+@settings(SETTINGS, max_examples=150)
 @given(programs(dtypes=(F64, F64, F64, np.dtype(np.int64), np.dtype(np.bool_)), most=7))
 def test_gradients_are_central_differences(program: Program) -> None:
     floats = [v for v in program.inputs if v.kind == "f" and v.narrow.size]
