@@ -40,7 +40,7 @@ class WgpuBackend:
             epilogue_buffers=4,
             split_k=8,
             split_k_limit=600_000,
-            split_k_work=1 << 19,
+            split_k_work=1 << 20,
             conv_epilogue=False,
             recompute_flops=16,
             index_bits=32,

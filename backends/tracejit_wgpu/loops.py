@@ -17,6 +17,7 @@ from tracejit.program import Access, Instr, LoopBody
 from tracejit_wgpu import body as bodies
 from tracejit_wgpu import wgsl
 from tracejit_wgpu.emit import Dispatch, Emitter, Shader, Tables, decompose
+from tracejit_wgpu.tiled import tile_axis, tiled_body, usable
 
 _UNROLL = 8  # chunks of a row that a thread keeps in registers between sweeps
 
@@ -32,6 +33,7 @@ class Strategy:
     axis: int | None = None
     width: int = 1
     chunks: int = 0
+    tile: int | None = None  # an elementwise body in square tiles of this axis and the last
     split: int = 1  # axis 0 of the domain splits the reduction into that many ranges
 
 
@@ -82,7 +84,10 @@ def _compile(items: Sequence[tuple[LoopBody, Strategy | None]], tables: Tables, 
     calls: list[str] = []
     start = 0
     for i, (body, plan) in enumerate(plans):
-        text, groups = (_reduce_body if body.reduce_axes else _map_body)(shader, body, plan, threads)
+        if plan.tile is not None:
+            text, groups = tiled_body(shader, body, plan.tile, threads)
+        else:
+            text, groups = (_reduce_body if body.reduce_axes else _map_body)(shader, body, plan, threads)
         shader.functions.append(f"fn body{i}(wg: u32, li: u32) {{\n{text}}}\n")
         if len(plans) == 1:
             calls.append("body0(wg, li);\n")
@@ -119,6 +124,9 @@ def choose(body: LoopBody, tables: Tables, threads: int | None = None) -> Strate
     limit = min(256, tables.target.invocations)
     last = len(body.domain) - 1
     if not body.reduce_axes:
+        tile = tile_axis(body)
+        if tile is not None and usable(threads or min(256, limit)):
+            return Strategy(threads or min(256, limit), tile=tile)
         wide = last >= 0 and bodies.vector_gain(body, last) > 0 and len(body.instrs) <= 400
         total = prod(body.domain) // (4 if wide else 1)
         return Strategy(

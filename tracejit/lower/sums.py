@@ -95,6 +95,8 @@ def find_product(
         walk([body.domain[a] for a in free], [load.strides[a] for a in free]),
         walk([body.domain[a] for a in red], [load.strides[a] for a in red]),
     )
+    if any(s == 0 for side in wanted for _, s in side):
+        return None  # a broadcast scalar: its sum is no sweep through memory
     for j, k in enumerate(kernels):
         if not isinstance(k, ContractKernel) or load.buffer not in k.reads or len(k.problems) != 1:
             continue
