@@ -122,6 +122,52 @@ def test_every_layout(m, n, k, order_a, order_b):
     check(product((), (m,), (n,), (k,), order_a, order_b), atol=1e-3)
 
 
+def strategy(program):
+    """How the compiler treats the operands: (A in slabs per task, B in panels per task, copies of whole operands)."""
+    from tracejit_cpu.gemm import GemmCompiler
+    from tracejit_cpu.host import host
+    from tracejit_cpu.irbuilder import Module
+
+    (kernel,) = program.kernels
+    compiler = GemmCompiler(Module(host()), kernel.problems[0], lambda b: program.buffers[b].dtype, "k")
+    compiler.compile()
+    return compiler.slab > 0, compiler.private_b, len(compiler.temps)
+
+
+@pytest.mark.parametrize("n, k", [(70, 130), (80, 512), (70, 1500), (33, 1030)])
+@pytest.mark.parametrize("order_a", ["bmk", "bkm"])
+def test_many_rows_are_packed_by_the_task_that_uses_them(n, k, order_a):
+    program = product((), (1003,), (n,), (k,), order_a, "bkn")
+    if order_a == "bkm":
+        slab, private_b, copies = strategy(program)
+        assert slab and not private_b and copies <= 1
+    check(program, atol=1e-3)
+
+
+@pytest.mark.parametrize("order_b", ["bkn", "bnk"])
+@pytest.mark.parametrize("n, k", [(200, 130), (333, 1500)])
+def test_few_rows_let_each_task_pack_its_panels(n, k, order_b):
+    program = product((), (100,), (n,), (k,), "bmk", order_b)
+    slab, private_b, _ = strategy(program)
+    assert private_b and not slab
+    check(program, atol=1e-3)
+
+
+def test_tasks_that_pack_handle_halves_batches_and_k_tables():
+    check(product((), (1000,), (48,), (90,), "bkm", "bkn", dtype="float16", epilogue="none"))
+    check(product((), (60,), (300,), (90,), "bmk", "bnk", dtype="float16", epilogue="none"))
+    check(product((3,), (900,), (70,), (140,), "bkm", "bnk"), atol=1e-3)
+    check(product((3,), (50,), (160,), (300,), "bmk", "bnk"), atol=1e-3)
+    program = product((), (960,), (80,), (6, 40), "bkm", "bkn")
+    kernel = program.kernels[0]
+    c = kernel.problems[0]
+    # the two k axes swapped in memory on one side only: they cannot become one
+    a = Access(c.a.buffer, (*c.a.strides[:2], c.a.strides[3], c.a.strides[3] * 6), 0)
+    swapped = Contract(c.batch, c.m, c.n, c.k, a, c.b, c.epilogue, c.acc_dtype)
+    new = ContractKernel("mm", (), kernel.reads, kernel.writes, problems=(swapped,))
+    check(Program("p", program.graph, program.buffers, (new,), program.inputs, program.outputs), atol=1e-3)
+
+
 @pytest.mark.parametrize("order_c", ["bmn", "bnm", "mbn", "nbm"])
 def test_batches_and_result_layouts(order_c):
     check(product((3,), (20,), (24,), (9,), order_c=order_c))
