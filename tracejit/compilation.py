@@ -106,9 +106,9 @@ class Entry:
         self._single = len(traced.outputs) == 1 and traced.outputs[0] == ("out", 0) and tree.num_nodes == 1
         #: Set by the fast path; the eviction gives used entries a second chance.
         self.used = False
-        #: Calls of the general path, and whether ``jit.py`` has tried to make a reader of the arguments.
+        #: Calls of the general path, and the ways to call for which ``jit.py`` has tried to make a reader.
         self.calls = 0
-        self.planned = False
+        self.planned: set[Any] = set()
         self._build = builder(tree, traced.outputs, self.scalars)
 
     def matches(self, leaves: Sequence[Any]) -> bool:

@@ -24,9 +24,10 @@ from tracejit import source, trees
 from tracejit.reads import Reads, reads_of
 
 _MISSING = object()
-#: Bounds of one snapshot: slots and objects looked into, items of a container, bytes of an array compared per call.
+#: Bounds of one snapshot: slots and objects looked into, items and leaves of a container, bytes of an array.
 _MAX_SLOTS = 2048
 _MAX_ITEMS = 1024
+_MAX_LEAVES = 4096
 _MAX_BYTES = 16 << 20
 
 #: (container, name, value): container has ``get`` (globals, an object's __dict__) or is a closure cell (name for messages).
@@ -47,10 +48,13 @@ class Environment:
     ) -> None:
         self._slots = slots = list(slots)
         self._fixed = list(fixed)
-        plain = [s for s in slots if not _is_tree(s[2])]
+        found = [(c, n, *trees.flatten(v)) for c, n, v in slots if _is_tree(v)]
+        self._trees = [t for t in found if len(t[2]) <= _MAX_LEAVES]
+        watched = {(id(c), n) for c, n, _, _ in self._trees}
+        # Of larger ones only the identity is compared.
+        plain = [s for s in slots if (id(s[0]), s[1]) not in watched]
         self._names = [(c.get, n, v) for c, n, v in plain if not isinstance(c, types.CellType)]
         self._cells = [s for s in plain if isinstance(s[0], types.CellType)]
-        self._trees = [(c, n, *trees.flatten(v)) for c, n, v in slots if _is_tree(v)]
         self._sets = [(v, frozenset(v)) for _, _, v in plain if isinstance(v, set)]
         self._arrays = [(a, a.tobytes()) for a in arrays]
 

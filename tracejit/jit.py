@@ -83,8 +83,8 @@ class TracedFunction:
         if self._cache_size < 1:
             raise ValueError(f"cache_size must be at least 1, got {cache_size}")
         self._cache: OrderedDict[Any, list[Entry]] = OrderedDict()
-        #: The fast path: readers of arguments, each with its entry; dropped as a whole on every eviction.
-        self._plans: tuple[tuple[Reader, Entry], ...] = ()
+        #: The fast path by ambient device: readers of arguments, each with its entry; dropped as a whole on every eviction.
+        self._plans: dict[Any, tuple[tuple[Reader, Entry], ...]] = {}
         self._lock = threading.RLock()
         self._hits = 0
         self._misses = 0
@@ -99,8 +99,8 @@ class TracedFunction:
         """Run the function; ``device=`` and ``watch=`` are tracejit's, all else is the function's."""
         try:
             if not state.busy:
-                # The fast path: arguments like those of an earlier call, nothing ambient on this thread.
-                for read, entry in self._plans:
+                # The fast path: arguments like those of an earlier call, nobody watching on this thread.
+                for read, entry in self._plans.get(state.device, ()):
                     leaves = read(args, kwargs)
                     if leaves is not None and entry.matches(leaves):
                         self._hits += 1
@@ -128,7 +128,7 @@ class TracedFunction:
         if state.disable_jit:
             return self._fn(*args, **kwargs)
         entry, leaves = self._find(args, kwargs, _backend.resolve(device))
-        if not (entry.planned or state.busy or self._static):
+        if not (state.busy or self._static):
             self._plan(args, given, entry)
         if state.debug_nans or state.observers:
             return entry.run_special(leaves)
@@ -137,13 +137,17 @@ class TracedFunction:
     def _plan(self, args: tuple[Any, ...], kwargs: dict[str, Any], entry: Entry) -> None:
         """From the third call on, an entry has a reader for arguments like these; the newest are tried first."""
         entry.calls += 1
-        if entry.calls < 3:
+        # One for each way to ask for the entry's device: the default, a block, a keyword.
+        way = (state.device, kwargs.get("device"))
+        if entry.calls < 3 or way in entry.planned:
             return
-        entry.planned = True
+        entry.planned.add(way)
         read = reader(args, kwargs)
         if read is not None:
             with self._lock:
-                self._plans = ((read, entry), *self._plans)[:_MAX_PLANS]
+                before = self._plans.get(state.device, ())
+                # A new dict, so that an eviction on another thread is not undone half-way.
+                self._plans = {**self._plans, state.device: ((read, entry), *before)[:_MAX_PLANS]}
 
     def _find(
         self, args: tuple[Any, ...], kwargs: dict[str, Any], device: _backend.Device
@@ -204,7 +208,7 @@ class TracedFunction:
             for e in entries:
                 e.used = False
         del self._cache[victim]
-        self._plans = ()
+        self._plans = {}
 
     def _split_static(
         self, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -362,7 +366,7 @@ class TracedFunction:
         """Forget every trace and the counters."""
         with self._lock:
             self._cache.clear()
-            self._plans = ()
+            self._plans = {}
             self._hits = self._misses = self._streak = 0
             self._warned = False
 

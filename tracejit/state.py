@@ -23,7 +23,7 @@ def env_flag(name: str) -> bool:
 
 
 class State(threading.local):
-    """Ambient state of one thread. ``busy`` is True when any field differs from plain execution."""
+    """Ambient state of one thread. ``busy`` is True when more than the device differs from plain execution."""
 
     def __init__(self) -> None:
         self.context: TraceContext | None = None
@@ -36,13 +36,7 @@ class State(threading.local):
 
     def refresh(self) -> None:
         """Recompute ``busy`` after a field changed."""
-        self.busy = bool(
-            self.context is not None
-            or self.device is not None
-            or self.observers
-            or self.disable_jit
-            or self.debug_nans
-        )
+        self.busy = bool(self.context is not None or self.observers or self.disable_jit or self.debug_nans)
 
 
 state = State()

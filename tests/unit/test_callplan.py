@@ -167,6 +167,38 @@ def test_calls_alternate_between_signatures_devices_and_keywords() -> None:
     assert info.misses == len(calls) and info.hits == 5 * len(calls)
 
 
+def test_each_way_to_choose_a_device_has_a_fast_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    f = tj.trace(lambda x, scale=1.0: x * scale)
+    general = 0
+    slow = type(f)._general
+
+    def count(*args: Any, **kwargs: Any) -> Any:
+        nonlocal general
+        general += 1
+        return slow(*args, **kwargs)
+
+    monkeypatch.setattr(type(f), "_general", count)
+    for _ in range(6):
+        np.testing.assert_array_equal(f(X), X)
+        np.testing.assert_array_equal(f(X, device="numpy"), X)
+        np.testing.assert_array_equal(f(X, scale=2.0), X * 2)
+        with tj.device("numpy"):
+            np.testing.assert_array_equal(f(X), X)
+            np.testing.assert_array_equal(f(X, device="cpu"), X)
+    assert f.cache_info().misses == 3
+    before = general
+    test = (lambda: f(X), lambda: f(X, device="numpy"), lambda: f(X, scale=2.0))
+    for call in test:
+        call()
+    with tj.device("numpy"):
+        f(X)
+        f(X, device="cpu")
+    assert general == before
+    with tj.disable_jit():
+        f(X)
+    assert general == before + 1
+
+
 def test_eviction_and_clearing_drop_the_fast_path_too() -> None:
     f = tj.trace(lambda x: x + 1, cache_size=2)
     for n in (1, 2, 3, 1, 2, 3):
