@@ -79,6 +79,10 @@ class Backend(Protocol):
 
     ``priority`` decides the default device (highest wins; negative: never by default). ``on_host`` tells that results
     are NumPy arrays in host memory.
+
+    A backend may also have ``peaks(spec)``, measured (GFLOP/s, GB/s) for the "% peak" column of profiles, and, if it keeps
+    code on disk, ``cache_info()`` (a dict with ``path``, ``entries``, ``bytes``) and ``cache_clear()`` for
+    ``tracejit cache``.
     """
 
     name: str

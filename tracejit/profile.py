@@ -289,8 +289,11 @@ def _finisher(entry: Entry) -> Callable[[Any], None]:
     from tracejit.trees import NAMESPACE, flatten_fast
 
     def wait(result: Any) -> None:
-        for leaf in flatten_fast(result, None, False, NAMESPACE)[0][:1]:
-            np.asarray(leaf)
+        leaves = flatten_fast(result, None, False, NAMESPACE)[0]
+        if leaves:
+            np.asarray(
+                min(leaves, key=lambda leaf: getattr(leaf, "nbytes", 0))
+            )  # all of a call become ready together
 
     return wait
 

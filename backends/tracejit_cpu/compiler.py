@@ -29,7 +29,7 @@ from tracejit.program import (
     Program,
 )
 from tracejit_cpu import attention, codecache, gemm, ops
-from tracejit_cpu.body import localize
+from tracejit_cpu.body import Local, localize
 from tracejit_cpu.host import host
 from tracejit_cpu.irbuilder import Module
 from tracejit_cpu.loops import Compiled, Stage, compile_body
@@ -91,23 +91,12 @@ class KernelCompiler:
                 if math.prod(body.domain) == 0 and not any(i.op == "reduce" for i in body.instrs):
                     continue
                 local = localize(body, self.dtype)
-                defer = self._aliased(local)
-                key = f"loop{defer}{local.key()}"
-                out.append(
-                    (
-                        self.once(key, lambda n, l=local, d=defer: compile_body(self.module, l, n, d)),
-                        local.buffers,
-                    )
-                )
+                out.append(self._loop(local, self._aliased(local)))
             return out
         if isinstance(kernel, ContractKernel):
             for c in kernel.problems:
                 if gemm.prefers_loop(c):
-                    local = localize(gemm.as_loop(c, self.dtype), self.dtype)
-                    key = f"loop{False}{local.key()}"
-                    out.append(
-                        (self.once(key, lambda n, l=local: compile_body(self.module, l, n)), local.buffers)
-                    )
+                    out.append(self._loop(localize(gemm.as_loop(c, self.dtype), self.dtype)))
                 else:
                     out.append(self._contract(c))
             return out
@@ -116,6 +105,11 @@ class KernelCompiler:
         if isinstance(kernel, OpKernel):
             return self._op(kernel)
         raise TypeError(f"no native lowering for {type(kernel).__name__}")
+
+    def _loop(self, local: Local, defer: bool = False) -> tuple[Compiled, list[int]]:
+        """One loop nest; equal ones share code."""
+        key = f"loop{defer}{local.key()}"
+        return self.once(key, lambda name: compile_body(self.module, local, name, defer)), local.buffers
 
     def _attention(self, kernel: AttentionKernel) -> tuple[Compiled, list[int]]:
         """An attention kernel; equal heads of other layers share code."""
@@ -291,7 +285,7 @@ def _stable(value: Any) -> str:
     """A text form without names, node numbers or sub-graphs."""
     import dataclasses
 
-    if isinstance(value, Kernel):  # type: ignore[misc, arg-type]
+    if isinstance(value, Kernel):
         skip = {"name", "nodes", "bytes", "flops"}
         parts = [type(value).__name__]
         parts += [
@@ -334,7 +328,7 @@ def compile_program(program: Program) -> CompiledProgram:
                 kernels, layout, cost > SERIAL_NS, codecache.to_object(module.text()), cost, _support(module)
             )
         )
-    steps: list[Segment | HostStep] = [segments[s] if isinstance(s, int) else s for s in order]  # type: ignore[misc]
+    steps: list[Segment | HostStep] = [segments[s] if isinstance(s, int) else s for s in order]
     compiled = CompiledProgram(steps)
     codecache.write(key, _meta(compiled), b"".join(s.code for s in segments))
     return compiled
