@@ -310,7 +310,7 @@ class _Reductions:
                     index = self.emitter.lane(pair, k)
                 out.append(self._merge(p, k if self.width[p] > 1 else 0, value, index))
         text = "".join(out)
-        return f"if ({valid}) {{ {text} }}\n" if valid else text
+        return f"if ({valid}) {{ {text} }}\n" if valid and text else text
 
     def combine(self, first: bool) -> str:
         """Combine over lanes; afterwards every lane holds the result."""
