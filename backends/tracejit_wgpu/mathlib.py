@@ -53,15 +53,14 @@ _add("round16_hw", "fn round16_(x: f32) -> f32 { return f32(f16(x)); }")
 _add(
     "round16",
     """
-fn round16_(x: f32) -> f32 { // to nearest even, by adding and subtracting a power of two; overflow to infinity
- let a = abs(x);
- if (!(a < 65520.0f)) { return select(x, copysign_(inff(), x), a >= 65520.0f); }
- let e = max(bitcast<u32>(a) & 0x7f800000u, 0x38800000u);
- let m = bitcast<f32>(e + 0x06800000u);
- return copysign_((a + m) - m, x);
+fn round16_(x: f32) -> f32 { // to nearest even, on bits: drivers fold (x + big) - big
+ let b = bitcast<u32>(x); let a = b & 0x7fffffffu; let s = b & 0x80000000u;
+ if (a >= 0x477ff000u) { return bitcast<f32>(select(s | 0x7f800000u, b, a > 0x7f800000u)); } // 65520 and more: infinity
+ if (a < 0x38800000u) { // subnormal: multiples of 2^-24
+  return bitcast<f32>(s | bitcast<u32>(round(bitcast<f32>(a) * 16777216.0f) * 5.9604644775390625e-8f));
+ }
+ return bitcast<f32>(s | ((a + 0xfffu + ((a >> 13u) & 1u)) & 0xffffe000u));
 }""",
-    "copysign_",
-    "inff",
 )
 # ---------------------------------------------------------------- exponentials and logarithms
 _add(
