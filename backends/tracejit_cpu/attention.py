@@ -44,7 +44,7 @@ class AttentionCompiler(AttentionBase):
             scores = self._scratch(fn, self.block * self.tk)
             probs = self._scratch(fn, self.block * self.tk)
             acc = self._scratch(fn, self.block * self.vp)
-            inverse = self._scratch(fn, self.block)
+            inverse, peaks = self._scratch(fn, self.block), self._scratch(fn, self.block)
             low = fn.imul(group, per)
             with fn.loop(low, fn.imin(fn.iadd(low, per), blocks)) as b:
                 first = fn.imul(b, self.block)
@@ -65,11 +65,11 @@ class AttentionCompiler(AttentionBase):
                         fn.gep(probs, fn.imul(r, self.tk), ty),
                     )
                     top = fn.var(full, n.c(-math.inf))
-                    with fn.loop(0, panels) as p:
+                    for p, end in self._key_loops(fn, limit, panels):
                         for v in range(t.nv):
                             key = fn.iadd(fn.imul(p, t.nr), v * lanes)
                             raw = fn.load(ty, fn.gep(source, fn.iadd(fn.imul(p, step), v * lanes), ty), lanes)
-                            x = self._score(fn, n, raw, row, key, limit, at.get("mask"))
+                            x = self._score(fn, n, raw, row, key, end, at.get("mask"))
                             fn.store(ty, x, fn.gep(target, key, ty), lanes)
                             old = fn.get(full, top)
                             fn.set(full, n.select(n.cmp("ogt", x, old), x, old), top)
@@ -87,18 +87,9 @@ class AttentionCompiler(AttentionBase):
                     for s in sums[1:]:
                         total = n.add(total, fn.get(full, s))
                     total = mathlib.horizontal(fn, "sum", self._dtype(), lanes, total)
-                    empty = one.cmp("oeq", total, one.c(0.0))
-                    total = one.select(empty, one.c(math.nan), total)
-                    fn.store(ty, one.div(one.c(1.0), total), fn.gep(inverse, r, ty))
-                    if k.lse is not None:
-                        lse = one.add(
-                            peak, mathlib.emit(fn, "log", [total], [self._dtype()], self._dtype(), 1, {})
-                        )
-                        dtype = self.dtype_of(k.lse.buffer)
-                        mem = memory_type(dtype)
-                        if mem == "half":
-                            lse = fn.op(f"fptrunc float {lse} to half")
-                        fn.store(mem, lse, fn.gep(at["lse"], fn.imul(row, k.lse.strides[-1]), mem))
+                    fn.store(ty, total, fn.gep(inverse, r, ty))
+                    fn.store(ty, peak, fn.gep(peaks, r, ty))
+                self._finish_rows(fn, first, rows, inverse, peaks, at)
                 self._product(
                     fn, whole, self.vp // t.nr, probs, self.tk, 1, vc, t.nr, self.vp, 0, acc, step, 0,
                     span=partial(self._forward_span, fn, first),
@@ -106,6 +97,28 @@ class AttentionCompiler(AttentionBase):
                 self._store_rows(fn, "out", at["out"], first, rows, k.dv_dim, acc, step, inverse)
         fn.finish()
         return self._finish(fn, self.heads * groups, 2)
+
+    def _finish_rows(self, fn: Fn, first: str, rows: str, sums: str, peaks: str, at: dict[str, str]) -> None:
+        """Sums of exponentials become their inverses; the log-sum-exp of each row is stored for the gradient."""
+        ty, lanes, lse = self.ty, self.tile.lanes, self.k.lse
+        n = mathlib.Num(fn, ty, lanes)
+        with fn.loop(0, self.block, lanes) as r:
+            place = fn.gep(sums, r, ty)
+            total = fn.load(ty, place, lanes)
+            total = n.select(n.cmp("oeq", total, n.c(0.0)), n.c(math.nan), total)  # a row without keys
+            fn.store(ty, n.div(n.c(1.0), total), place, lanes)
+            if lse is not None:
+                log = mathlib.emit(fn, "log", [total], [self._dtype()], self._dtype(), lanes, {})
+                place = fn.gep(peaks, r, ty)
+                fn.store(ty, n.add(fn.load(ty, place, lanes), log), place, lanes)
+        if lse is None:
+            return
+        mem = memory_type(self.dtype_of(lse.buffer))
+        with fn.loop(0, rows) as r:
+            value = fn.load(ty, fn.gep(peaks, r, ty))
+            if mem == "half":
+                value = fn.op(f"fptrunc float {value} to half")
+            fn.store(mem, value, fn.gep(at["lse"], fn.imul(fn.iadd(first, r), lse.strides[-1]), mem))
 
     # -- backward -----------------------------------------------------------------------------------------------------------
     def backward(self) -> Compiled:
@@ -226,12 +239,12 @@ class AttentionCompiler(AttentionBase):
         lse = fn.splat(lse, ty, lanes)
         source = fn.imul(r, t.nr)
         target = fn.imul(r, self.tk)
-        with fn.loop(0, panels) as p:
+        for p, end in self._key_loops(fn, limit, panels):
             for v in range(t.nv):
                 key = fn.iadd(fn.imul(p, t.nr), v * lanes)
                 here = fn.iadd(source, fn.iadd(fn.imul(p, step), v * lanes))
                 x = self._score(
-                    fn, n, fn.load(ty, fn.gep(scores, here, ty), lanes), row, key, limit, at.get("mask")
+                    fn, n, fn.load(ty, fn.gep(scores, here, ty), lanes), row, key, end, at.get("mask")
                 )
                 e = self._exp(fn, n, n.sub(x, lse))
                 d = n.sub(fn.load(ty, fn.gep(dprobs, here, ty), lanes), delta)

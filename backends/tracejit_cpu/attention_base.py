@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import numpy as np
 
@@ -230,14 +230,25 @@ class AttentionBase:
                     to = fn.op(f"getelementptr {mem}, ptr {start}, <{lanes} x i64> {iota('i64', lanes, cs)}")
                     fn.scatter(mem, x, to, lanes, mask or const(True, "i1", lanes))
 
+    def _key_loops(self, fn: Fn, limit: str, panels: str) -> Iterator[tuple[str, str | None]]:
+        """The bodies of two loops over panels of keys, (panel, limit): first those that end below ``limit``, unmasked."""
+        whole = "0" if self.k.mask is not None else fn.op(f"udiv i64 {limit}, {self.tile.nr}")
+        if self.k.mask is None:
+            with fn.loop(0, whole) as p:
+                yield p, None
+        with fn.loop(whole, panels) as p:
+            yield p, limit
+
     def _score(
-        self, fn: Fn, n: mathlib.Num, raw: str, row: str, key: str, limit: str, pointer: str | None
+        self, fn: Fn, n: mathlib.Num, raw: str, row: str, key: str, limit: str | None, pointer: str | None
     ) -> str:
-        """scale * s + mask for the lanes ``key...``; -inf at and beyond ``limit``."""
+        """scale * s + mask for the lanes ``key...``; -inf at and beyond ``limit``, if there is one."""
         lanes, ty = self.tile.lanes, self.ty
         x = n.mul(raw, n.c(self.k.scale)) if self.k.scale != 1.0 else raw
-        keys = fn.op(f"add <{lanes} x i64> {fn.splat(key, 'i64', lanes)}, {iota('i64', lanes)}")
-        live = fn.op(f"icmp slt <{lanes} x i64> {keys}, {fn.splat(limit, 'i64', lanes)}")
+        if limit is None:
+            return x
+        left = fn.op(f"trunc i64 {fn.op(f'sub i64 {limit}, {key}')} to i32")
+        live = fn.op(f"icmp slt <{lanes} x i32> {iota('i32', lanes)}, {fn.splat(left, 'i32', lanes)}")
         if self.k.mask is not None and pointer is not None:
             access = self.k.mask
             dtype = self.dtype_of(access.buffer)
