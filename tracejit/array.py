@@ -192,19 +192,19 @@ class Array(NDArrayOperatorsMixin):
 
     # -- computing -----------------------------------------------------------------------------------------------------
     # ``x += y`` makes a new array and binds the name to it, as for every immutable type.
-    __iadd__ = NDArrayOperatorsMixin.__add__  # type: ignore[assignment]  # the mixin promises to work in place
-    __isub__ = NDArrayOperatorsMixin.__sub__  # type: ignore[assignment]
-    __imul__ = NDArrayOperatorsMixin.__mul__  # type: ignore[assignment]
-    __imatmul__ = NDArrayOperatorsMixin.__matmul__  # type: ignore[assignment]
-    __itruediv__ = NDArrayOperatorsMixin.__truediv__  # type: ignore[assignment]
-    __ifloordiv__ = NDArrayOperatorsMixin.__floordiv__  # type: ignore[assignment]
-    __imod__ = NDArrayOperatorsMixin.__mod__  # type: ignore[assignment]
-    __ipow__ = NDArrayOperatorsMixin.__pow__  # type: ignore[assignment]
-    __ilshift__ = NDArrayOperatorsMixin.__lshift__  # type: ignore[assignment]
-    __irshift__ = NDArrayOperatorsMixin.__rshift__  # type: ignore[assignment]
-    __iand__ = NDArrayOperatorsMixin.__and__  # type: ignore[assignment]
-    __ixor__ = NDArrayOperatorsMixin.__xor__  # type: ignore[assignment]
-    __ior__ = NDArrayOperatorsMixin.__or__  # type: ignore[assignment]
+    __iadd__ = NDArrayOperatorsMixin.__add__
+    __isub__ = NDArrayOperatorsMixin.__sub__
+    __imul__ = NDArrayOperatorsMixin.__mul__
+    __imatmul__ = NDArrayOperatorsMixin.__matmul__
+    __itruediv__ = NDArrayOperatorsMixin.__truediv__
+    __ifloordiv__ = NDArrayOperatorsMixin.__floordiv__
+    __imod__ = NDArrayOperatorsMixin.__mod__
+    __ipow__ = NDArrayOperatorsMixin.__pow__
+    __ilshift__ = NDArrayOperatorsMixin.__lshift__
+    __irshift__ = NDArrayOperatorsMixin.__rshift__
+    __iand__ = NDArrayOperatorsMixin.__and__
+    __ixor__ = NDArrayOperatorsMixin.__xor__
+    __ior__ = NDArrayOperatorsMixin.__or__
 
     def __array_ufunc__(self, ufunc: np.ufunc, method: str, *inputs: Any, **kwargs: Any) -> Any:
         if any(_is_tensor(x) for x in inputs):

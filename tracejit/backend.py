@@ -101,8 +101,8 @@ class Backend(Protocol):
         """The devices of this backend, usable or not. Never raises."""
         ...
 
-    def to_device(self, array: np.ndarray, spec: str) -> Any:
-        """``array`` as this backend keeps it between calls."""
+    def to_device(self, array: Any, spec: str) -> Any:
+        """``array`` (a NumPy array, or one of a device) as this backend keeps it between calls."""
         ...
 
     def from_device(self, array: Any) -> np.ndarray:

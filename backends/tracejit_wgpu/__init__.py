@@ -80,7 +80,7 @@ class WgpuBackend:
             out.append(DeviceInfo(f"wgpu:{a.index}", "wgpu", kind, True, what, a.description, properties))
         return out
 
-    def to_device(self, array: np.ndarray, spec: str) -> Any:
+    def to_device(self, array: Any, spec: str) -> Any:
         """A ``tj.Array`` on the device with a copy of ``array``; ``array`` itself if it is one."""
         from tracejit.array import Array
         from tracejit_wgpu import runtime

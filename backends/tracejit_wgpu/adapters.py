@@ -101,7 +101,7 @@ def _enumerate() -> list[Adapter]:
         handles = list(wgpu.gpu.enumerate_adapters_sync())
     except Exception:
         handles = []
-    rows = []
+    rows: list[tuple[int, int, int, Any]] = []
     for handle in handles:
         info = handle.info
         if info["backend_type"] not in _BACKENDS:

@@ -94,7 +94,7 @@ def conv2d_input_grad(kernel: OpKernel, tables: Tables) -> list[Dispatch]:
     (y, ys), a = kernel.results[0], kernel.attrs
     (sh, sw), (dh, dw), groups = a["stride"], a["dilation"], a["groups"]
     padding = a["padding"]
-    n, c, h, wd = ys
+    n, _, h, wd = ys
     o, cg, kh, kw = ws
     og = o // groups
     low = ((kh - 1) * dh - padding[0][0], (kw - 1) * dw - padding[1][0])

@@ -217,6 +217,7 @@ class Executable:
 
     # ------------------------------------------------------------ running
     def __call__(self, inputs: Sequence[Any]) -> list[Any]:
+        """Queue one run; the arrays returned are there when the device gets to them."""
         rt = self._live()
         with rt.lock:
             held, outputs = self._bind(rt, inputs)
@@ -391,7 +392,7 @@ class Executable:
         return outputs, timing
 
 
-class _Kept(list):  # type: ignore[type-arg]
+class _Kept(list[Any]):
     """A raw recording that keeps the objects behind its handles alive."""
 
     __slots__ = ("owners",)

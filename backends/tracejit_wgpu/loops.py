@@ -392,7 +392,7 @@ class _Reductions:
             for p, k, name, kind, slot in slots
         }
         for p in self.positions:
-            kind, _, arg = self._kinds(p)
+            arg = self._kinds(p)[2]
             for k in range(self.width[p]):
                 memory, slot = where[(p, k, "a")]
                 out.append(f"a{p}_{k} = {memory}[{slot * per}u + {base}];\n")
@@ -456,7 +456,7 @@ class _Reductions:
     def publish(self) -> None:
         """Make the results values of the emitter."""
         for p in self.positions:
-            kind, dtype, arg = self._kinds(p)
+            _, dtype, arg = self._kinds(p)
             names = []
             for k in range(self.width[p]):
                 value = f"x{p}_{k}" if arg else f"a{p}_{k}"

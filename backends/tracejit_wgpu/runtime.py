@@ -222,8 +222,8 @@ class Runtime:
                 list(threads.map(self.pipeline, fresh.values()))
         return [self.pipeline(d) for d in dispatches]
 
-    def bind_group(self, kinds: tuple[str, ...], handles: Sequence[Handle | Any]) -> Any:
-        """A bind group; the last entry of kind ``"u"`` is a raw wgpu buffer."""
+    def bind_group(self, kinds: tuple[str, ...], handles: Sequence[Any]) -> Any:
+        """A bind group of :class:`Handle` objects; an entry of kind ``"u"`` is a raw wgpu buffer."""
         entries = []
         for i, (kind, handle) in enumerate(zip(kinds, handles)):
             if kind == "u":

@@ -84,7 +84,7 @@ class Helpers:
     def __call__(self, name: str) -> str:
         """Ask for a helper; returns its name, so that it can stand in an f-string."""
         if name not in self._used:
-            code, needs = LIBRARY[name]
+            needs = LIBRARY[name][1]
             for other in needs:
                 self(other)
             self._used[name] = None

@@ -73,7 +73,7 @@ def test_integers_that_do_not_fit_are_an_error_never_wrapped() -> None:
     ):
         with pytest.raises(tj.DTypeError, match=rf"value {value} does not fit {word}.*device='cpu'"):
             f(np.array([1, value], dtype), device="wgpu")
-    with pytest.raises((tj.DTypeError, OverflowError), match="fit|large"):
+    with pytest.raises((tj.DTypeError, OverflowError), match=r"fit|large"):
         tj.trace(lambda x, k: x + k)(np.arange(3, dtype=np.int32), 2**40, device="wgpu")
     edge = np.array([2**31 - 1, -(2**31)], np.int64)
     np.testing.assert_array_equal(run(lambda x: x * 1, edge), edge)
