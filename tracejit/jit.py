@@ -289,7 +289,7 @@ class TracedFunction:
                     f"{self._name} drew from {drawn} while it was traced: these numbers are now constants of the compiled "
                     "program. Use tj.random with a key argument, or draw outside and pass the array.",
                     FrozenValueWarning,
-                    stacklevel=5,
+                    stacklevel=source.stack_level(),
                 )
             captured = list(zip(traced.captures, traced.uses))
             entry.environment = snapshot(self._environment, objects, captured) or None
@@ -339,7 +339,20 @@ class TracedFunction:
                 lines.insert(0, f"static arguments: {old[2]} -> {key[2]}")
             if best is None or len(lines) < len(best):
                 best = lines
-        return f"{self._name}: " + ("; ".join(best) if best else "the arguments have a new tree structure")
+        return f"{self._name}: " + ("; ".join(best) if best else self._explain_structure(paths))
+
+    def _explain_structure(self, paths: Sequence[str]) -> str:
+        """How the argument trees differ from the nearest earlier ones."""
+        now, changes = set(paths), []
+        known = [set(entries[0].paths) for entries in reversed(self._cache.values())]
+        before = min(known, key=lambda old: len(old ^ now))
+        for what, found in (
+            ("new", [p for p in paths if p not in before]),
+            ("missing", sorted(before - now)),
+        ):
+            if found:
+                changes.append(f"{what}: {', '.join(found[:4])}" + (", ..." if len(found) > 4 else ""))
+        return "the arguments have a new tree structure" + (f" ({'; '.join(changes)})" if changes else "")
 
     def _watch_storm(
         self, key: Any, leaves: Sequence[Any], paths: Sequence[str], seen: list[Entry] | None
@@ -353,7 +366,7 @@ class TracedFunction:
                 f"{self._explain(key, leaves, paths, seen)}. Keep shapes fixed (pad the last batch) or pass changing "
                 "Python values as arrays or floats.",
                 RetraceWarning,
-                stacklevel=5,
+                stacklevel=source.stack_level(),
             )
 
     # -- looking inside ----------------------------------------------------------------------------------------------

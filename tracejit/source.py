@@ -57,6 +57,14 @@ def location() -> str:
     return ""
 
 
+def stack_level() -> int:
+    """The ``stacklevel`` with which a warning of the calling function points at the innermost line of user code."""
+    frame, level = sys._getframe(1), 1
+    while frame.f_back is not None and is_internal(frame.f_code.co_filename):
+        frame, level = frame.f_back, level + 1
+    return level
+
+
 _shown: dict[str, str] = {}
 
 

@@ -374,7 +374,14 @@ def _binary(name: str, left: Any, right: Any) -> Any:
                     "complex numbers are not supported", op=name, got={"x": left, "y": right}
                 )
             return NotImplemented
-    return getattr(_f(), name)(left, right)
+    return getattr(_f(), name)(*(_joined(v) for v in (left, right)))
+
+
+def _joined(operand: Any) -> Any:
+    """A list of tensors as one: NumPy takes ``[a, b] * x`` too."""
+    if isinstance(operand, list | tuple) and any(isinstance(v, Tensor | list | tuple) for v in operand):
+        return _f().asarray(operand)
+    return operand
 
 
 # Methods that are the NumPy function with the array as first argument.

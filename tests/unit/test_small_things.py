@@ -97,3 +97,10 @@ def test_augmented_assignment_rebinds_and_leaves_the_argument_alone() -> None:
     np.testing.assert_array_equal(after, ((X + 1) * 2) ** 2)
     np.testing.assert_array_equal(before, X)
     np.testing.assert_array_equal(x, X)
+
+
+def test_lists_that_hold_tensors_are_operands() -> None:
+    f = tj.trace(lambda a, b: ([a, b] * a, np.add([a, b], b), b - (a, 1 + b), a == [a, b]))
+    a, b = np.array([1.0, 2.0]), np.array([3.0, 2.0])
+    for got, want in zip(f(a, b), ([a, b] * a, np.add([a, b], b), b - (a, 1 + b), a == [a, b])):
+        np.testing.assert_array_equal(got, want)

@@ -511,3 +511,37 @@ class Plain:
 def test_an_unregistered_mutable_dataclass_is_refused_with_advice() -> None:
     with pytest.raises(tj.DTypeError, match=r"(?s)argument p.*Plain.*register|frozen"):
         tj.trace(lambda p: p.w * 2)(Plain(X))
+
+
+def test_a_new_structure_is_explained_by_what_is_new_and_what_is_missing(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    from tracejit.config import set_log
+
+    @tj.trace
+    def f(p: Any, x: Any, training: bool = False) -> Any:
+        return x + sum(p.values())
+
+    x = np.ones(3)
+    f({"w": x}, x)
+    set_log("retrace")
+    try:
+        f({"w": x}, x, True)
+        f({"w": x, "b": x}, x)
+        f({"b": x, "c": x}, x)
+        f({"w": x}, (x,))
+    finally:
+        set_log("")
+    lines = capsys.readouterr().err.splitlines()
+    assert "new tree structure (new: training)" in lines[0]
+    assert "(new: p['b'])" in lines[1]
+    assert "(new: p['c']; missing: p['w'])" in lines[2]
+    assert "(new: x[0]; missing: x)" in lines[3]
+
+
+def test_the_storm_warning_points_at_the_users_line() -> None:
+    for f in (tj.trace(lambda x: x + 1), tj.grad(lambda x: x.sum()), tj.vmap(lambda x: x + 1)):
+        with pytest.warns(tj.RetraceWarning) as caught:
+            for n in range(1, 20):
+                f(np.ones(n))
+        assert caught[0].filename == __file__

@@ -53,6 +53,7 @@ def array_ufunc(ufunc: np.ufunc, method: str, inputs: Sequence[Any], kwargs: Map
             hint="write x = x + y instead of x += y, and use the returned value instead of out=",
         )
     function = _supported_ufunc(ufunc)
+    inputs = [functions.asarray(v) if isinstance(v, list | tuple) and _holds_tensor(v) else v for v in inputs]
     if method == "__call__":
         return _strong(function(*inputs, **kwargs))
     if method == "reduce" and name in _REDUCE:
