@@ -257,11 +257,11 @@ class Capabilities:
     ``max_buffers`` bounds distinct buffers per kernel (None = no bound), ``horizontal`` how many loop bodies may share
     a kernel, ``batch_contracts`` how many equal contractions may, ``row_limit`` the longest row (elements) that a row
     pipeline may keep on chip, ``attention`` whether attention kernels exist (for heads of at most
-    ``attention_dim`` features), ``separate_outputs`` whether independent
-    results should get buffers of their own instead of the arena (hazards tracked per buffer), ``contract_epilogue``
-    and ``conv_epilogue`` whether loops fuse behind products (if they touch at most ``epilogue_buffers`` buffers, None =
-    any number: optimiser updates touch 7, bias and activation 2 or 3), ``recompute_flops`` the cost below which a producer is
-    recomputed in each consumer instead of stored, ``op_kernels`` ops that must arrive as :class:`OpKernel`.
+    ``attention_dim`` features), ``separate_outputs`` whether independent results should get buffers of their own
+    instead of the arena (hazards tracked per buffer), ``contract_epilogue`` and ``conv_epilogue`` whether loops fuse
+    behind products (if they touch at most ``epilogue_buffers`` buffers, None = any number: optimiser updates touch 7,
+    bias and activation 2 or 3), ``recompute_flops`` the cost below which a producer is recomputed in each consumer
+    instead of stored, ``op_kernels`` ops that must arrive as :class:`OpKernel`.
     ``contract_sums``: a product can store the sums of its operands over k too (:class:`Contract`).
     ``split_k`` is the largest number of partial sums into which a contraction with at most ``split_k_limit`` results and
     a single consumer may be split: it arrives as a contraction with an extra leading batch axis (the parts) and a plain

@@ -173,9 +173,8 @@ def main() -> None:
     for name in options.workloads.split(","):
         results[name] = compare(name, peers, options.rounds, options.threads, options.idle)
         print(table({name: results[name]}, peers).splitlines()[-1], file=sys.stderr, flush=True)
-    print(
-        f"{time.strftime('%Y-%m-%d')}, {platform.processor() or platform.machine()}, {options.threads} threads; median ms per call"
-    )
+    machine = platform.processor() or platform.machine()
+    print(f"{time.strftime('%Y-%m-%d')}, {machine}, {options.threads} threads; median ms per call")
     print(table(results, peers))
     if options.json:
         pathlib.Path(options.json).write_text(json.dumps(results, indent=1), encoding="utf-8")

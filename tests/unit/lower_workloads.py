@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -65,7 +66,7 @@ def mlp(sizes: tuple[int, ...] = (64, 64, 64, 10), batch: int = 32, opt: Any = N
     """Workloads a and b: one training step."""
     rng = np.random.default_rng(0)
     opt = opt or optim.sgd(0.01)
-    model = [nn.Linear(i, o, rng=rng) for i, o in zip(sizes, sizes[1:], strict=False)]
+    model = [nn.Linear(i, o, rng=rng) for i, o in itertools.pairwise(sizes)]
     x, y = _normal(rng, batch, sizes[0]), rng.integers(0, sizes[-1], batch)
 
     def loss(model: Any, x: Any, y: Any) -> Any:

@@ -88,9 +88,9 @@ def test_gradients_go_straight_into_the_fused_projection() -> None:
 
 
 def test_output_has_the_layout_that_the_next_product_wants() -> None:
-    fn = lambda q, k, v, w: (
-        nn.scaled_dot_product_attention(q, k, v).transpose(0, 2, 1, 3).reshape(2, 8, 12) @ w
-    )
+    def fn(q: Any, k: Any, v: Any, w: Any) -> Any:
+        return nn.scaled_dot_product_attention(q, k, v).transpose(0, 2, 1, 3).reshape(2, 8, 12) @ w
+
     (kernel,) = attention_of(fn, *qkv(2, 3), rand(12, 5))
     assert kernel.out is not None and kernel.out.strides == (96, 4, 12, 1)
 

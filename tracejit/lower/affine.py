@@ -9,6 +9,7 @@ Plain tuples, because they are made and hashed tens of thousands of times per lo
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from math import prod
 from typing import Any, TypeAlias
@@ -203,7 +204,7 @@ def reshape_strides(
     out: list[int] = []
     for i0, i1, j0, j1 in reshape_groups(shape, new):
         live = [(shape[i], strides[i]) for i in range(i0, i1) if shape[i] != 1]
-        for (_, s), (n1, s1) in zip(live, live[1:], strict=False):
+        for (_, s), (n1, s1) in itertools.pairwise(live):
             if s != n1 * s1:
                 return None
         step = live[-1][1] if live else 1

@@ -7,6 +7,7 @@ the scores or P, the composite stays as it is. :func:`match_attention` runs befo
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -441,7 +442,7 @@ def attention_kernel(builder: KernelBuilder, c: Cluster) -> Kernel:
         out = [strides[a] for a in batch]
         for role in _TAILS[name]:
             group = region.groups[role]
-            for o, i in zip(group, group[1:], strict=False):
+            for o, i in itertools.pairwise(group):
                 if strides[o] != strides[i] * region.sizes[i]:
                     raise Unfusable(nid)
             out.append(strides[group[-1]])

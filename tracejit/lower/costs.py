@@ -64,7 +64,7 @@ def _contract_cost(c: Contract, buffers: Sequence[Buffer]) -> tuple[int, int]:
     for a in (c.a, c.b):
         elements = prod(n for n, s in zip(domain, a.strides, strict=True) if s)
         moved += elements * buffers[a.buffer].dtype.itemsize
-        flops += elements if a is c.a and c.a_sum or a is c.b and c.b_sum else 0
+        flops += elements if (a is c.a and c.a_sum) or (a is c.b and c.b_sum) else 0
     return moved, flops + 2 * prod(domain)
 
 
@@ -134,11 +134,11 @@ def _op_flops(k: OpKernel) -> int:
     if k.op.startswith("conv2d"):
         shapes = [s for _, s in (*k.operands, *k.results)]
         if k.op == "conv2d":
-            x, w, y = shapes
+            _, w, y = shapes
         elif k.op == "conv2d_input_grad":
-            y, w, x = shapes
+            y, w, _ = shapes
         else:
-            x, y, w = shapes
+            _, y, w = shapes
         return 2 * prod(y) * w[1] * w[2] * w[3]
     if "pool" in k.op:
         return max([*sizes, out]) * prod(k.attrs.get("kernel", (1,)))

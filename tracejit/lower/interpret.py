@@ -104,9 +104,9 @@ def run_body(body: LoopBody, memory: Memory, acc: np.ndarray | None = None) -> N
         if i.op == "const":
             result = np.full((1,) * rank, i.attrs["value"], i.dtype)
         elif i.op == "index":
-            shape = [1] * rank
-            shape[i.attrs["axis"]] = domain[i.attrs["axis"]]
-            result = np.arange(domain[i.attrs["axis"]], dtype=np.int64).reshape(shape)
+            steps = [1] * rank
+            steps[i.attrs["axis"]] = domain[i.attrs["axis"]]
+            result = np.arange(domain[i.attrs["axis"]], dtype=np.int64).reshape(steps)
         elif i.op == "load":
             result = _load(i, memory, values, domain)
         elif i.op == "store":

@@ -6,6 +6,7 @@ reshapes, sums of disjoint zero pads (the gradient of slicing one array several 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from math import prod
 from typing import Any
@@ -268,7 +269,7 @@ class Prepared:
         if axis != b.segments[0]:
             return None
         parts = sorted((*a.segments[1], *b.segments[1]), key=lambda s: s[0])
-        if any(p[1] > q[0] for p, q in zip(parts, parts[1:], strict=False)):
+        if any(p[1] > q[0] for p, q in itertools.pairwise(parts)):
             return None
         pieces: list[Value] = []
         at = 0

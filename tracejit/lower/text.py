@@ -34,7 +34,8 @@ def dtype_name(dtype: Any) -> str:
 def program_text(program: Program, *, bodies: bool = True, costs: bool = True) -> str:
     """The whole program: buffers, kernels (with their instructions unless ``bodies`` is False), fusion report."""
     out = [
-        f"program {program.name}: {len(program.kernels)} kernels, arena {program.arena} bytes (live bound {program.live_bound})"
+        f"program {program.name}: {len(program.kernels)} kernels, "
+        f"arena {program.arena} bytes (live bound {program.live_bound})"
     ]
     for b in program.buffers:
         where = f" at {b.offset}" if b.offset is not None else ""
@@ -67,7 +68,8 @@ def kernel_lines(position: int, k: Kernel, *, bodies: bool = True, costs: bool =
             out += contract_lines(p, bodies)
     elif isinstance(k, AttentionKernel):
         out.append(
-            f"  batch {list(k.batch)} tq {k.tq} tk {k.tk} d {k.d} dv {k.dv_dim} scale {k.scale:g} causal {k.causal} grad {k.grad}"
+            f"  batch {list(k.batch)} tq {k.tq} tk {k.tk} d {k.d} dv {k.dv_dim} "
+            f"scale {k.scale:g} causal {k.causal} grad {k.grad}"
         )
         for name in ("q", "k", "v", "mask", "out", "lse", "dout", "dq", "dk", "dv"):
             access = getattr(k, name)

@@ -93,7 +93,8 @@ class Value:
         self.cost = 0.0
         self.leaves: frozenset[Value] | None = frozenset()
         self.epi: Value | None = None
-        #: Reductions of the same rows (``reds``) and those broadcast into it (``rows``); ``sure``: the analysis expects it to be stored.
+        #: Reductions of the same rows (``reds``) and those broadcast into it (``rows``); ``sure``: the analysis expects
+        #: it to be stored.
         self.rows: frozenset[Value] = frozenset()
         self.reds: frozenset[Value] = frozenset()
         self.sure = False
