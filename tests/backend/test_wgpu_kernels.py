@@ -11,7 +11,7 @@ import pytest
 
 import tracejit as tj
 from tracejit import nn
-from tracejit_wgpu import attention, executable, runtime, tiled, tuning
+from tracejit_wgpu import executable, runtime, tiled, tuning
 from tracejit_wgpu.tuning import Tile
 
 LAYOUTS = {"NN": ((0, 1), (0, 1)), "NT": ((0, 1), (1, 0)), "TN": ((1, 0), (0, 1))}
@@ -93,16 +93,13 @@ def test_transposed_reads_go_through_tiles() -> None:
     assert not tiled.usable(96) and tiled.usable(256)
 
 
-@pytest.mark.parametrize("rows", [4, 8])
-@pytest.mark.parametrize("length", [64, 70])
-def test_attention_with_either_number_of_rows_per_thread(
-    rows: int, length: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(attention, "rows_per_thread", lambda size, blocks: rows)
-    q, k, v = (rand(1, 2, length, 32, seed=i) for i in range(3))
+@pytest.mark.parametrize(("length", "dim"), [(64, 32), (70, 32), (70, 20)])
+@pytest.mark.parametrize("causal", [True, False])
+def test_attention_at_the_edges_of_tiles(length: int, dim: int, causal: bool) -> None:
+    q, k, v = (rand(1, 2, length, dim, seed=i) for i in range(3))
 
     def loss(q: Any, k: Any, v: Any) -> Any:
-        return (nn.scaled_dot_product_attention(q, k, v, is_causal=True) * v).sum()
+        return (nn.scaled_dot_product_attention(q, k, v, is_causal=causal) * v).sum()
 
     fn = tj.trace(tj.value_and_grad(loss, wrt=(0, 1, 2)))
     (value, grads), (wanted, expected) = fn(q, k, v, device="wgpu"), fn(q, k, v, device="numpy")
