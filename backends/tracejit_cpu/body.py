@@ -187,6 +187,7 @@ class Emitter:
         self.copies: list[dict[int, str]] = []
         self._recips: dict[tuple[int, int], str] = {}
         self.fast_div: set[int] = set()
+        self._position: tuple[Any, str] = (None, "")
         self.nonpositive = nonpositive(local) if any(i.op == "exp" for i in local.instrs) else set()
 
     # -- values -----------------------------------------------------------------------------------------------------
@@ -214,16 +215,27 @@ class Emitter:
 
     # -- addresses --------------------------------------------------------------------------------------------------
     def linear(self, strides: Sequence[int], offset: int, u: int) -> str:
-        """``offset + sum(strides * index)`` at the first lane of copy ``u``."""
+        """``offset + sum(strides * index)`` at the first lane of copy ``u``.
+
+        Copies lie at constant distances, which an addressing mode holds: copy 0's position is computed once.
+        """
+        stride = strides[self.vaxis] if 0 <= self.vaxis < len(strides) else 0
+        varying = bool(stride) and bool(self.lane_index)
+        here = self.lane_index[0] if varying else ""
+        key = (tuple(strides), offset, here, tuple(self.index.get(a) for a, s in enumerate(strides) if s))
+        if u and varying and self._position[0] == key:
+            return self.fn.iadd(self._position[1], u * self.lanes * stride)
         total: str | int = offset
         terms = []
-        for axis, stride in enumerate(strides):
-            if not stride:
+        for axis, step in enumerate(strides):
+            if not step:
                 continue
             at = self.lane_index[u] if axis == self.vaxis and self.lane_index else self.index[axis]
-            terms.append((axis == self.vaxis, self.fn.imul(at, stride)))
+            terms.append((axis == self.vaxis, self.fn.imul(at, step)))
         for _, term in sorted(terms, key=lambda t: t[0]):
             total = self.fn.iadd(total, term)
+        if not u and varying:
+            self._position = (key, str(total))
         return str(total)
 
     def _i64(self, i: int, u: int) -> str:

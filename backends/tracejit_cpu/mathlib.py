@@ -651,15 +651,31 @@ def _shift(fn: Fn, op: str, ty: str, lanes: int, signed: bool, a: str, b: str) -
     return n.select(fits, n._two("ashr", a, safe), n._two("ashr", a, n.c(width - 1)))
 
 
+def _round_to_odd(fn: Fn, value: str, lanes: int) -> str:
+    """float64 to float32, inexact results with an odd last bit, so that rounding once more to float16 is exact.
+
+    No processor rounds float64 to float16 itself, and the library function for it is not in every process.
+    """
+    wide, narrow = Num(fn, "double", lanes), Num(fn, "float", lanes)
+    near = fn.op(f"fptrunc {wide.full} {value} to {narrow.full}")
+    back = fn.op(f"fpext {narrow.full} {near} to {wide.full}")
+    bits = narrow.to_bits(near)
+    beyond = wide.cmp("ogt", wide.abs(back), wide.abs(value))
+    down = fn.op(f"sext {wide.bool} {beyond} to {narrow.bits}")  # towards zero: the pattern less one
+    sticky = fn.op(f"zext {wide.bool} {wide.cmp('une', back, value)} to {narrow.bits}")
+    return narrow.from_bits(narrow.iop("or", narrow.iop("add", bits, down), sticky))
+
+
 def convert(fn: Fn, value: str, src: np.dtype, dst: np.dtype, lanes: int) -> str:
     """A cast as C and NumPy do it; float to integer out of range is unspecified, as there."""
     a, b = value_type(src), value_type(dst)
     fa, fb = vec(a, lanes), vec(b, lanes)
     if dst.name == "float16" and src.name != "float16":
-        half = fn.op(f"fptrunc {fa} {value} to {vec('half', lanes)}") if src.kind == "f" else None
-        if half is None:
-            wide = convert(fn, value, src, np.dtype(np.float32), lanes)
-            half = fn.op(f"fptrunc {fb} {wide} to {vec('half', lanes)}")
+        if src.name == "float64":
+            single = _round_to_odd(fn, value, lanes)
+        else:
+            single = value if src.kind == "f" else convert(fn, value, src, np.dtype(np.float32), lanes)
+        half = fn.op(f"fptrunc {fb} {single} to {vec('half', lanes)}")
         return fn.op(f"fpext {vec('half', lanes)} {half} to {fb}")
     if a == b and src.kind != "b" and dst.kind != "b":
         return value
