@@ -25,8 +25,10 @@ class CpuBackend:
     def capabilities(self, spec: str) -> Capabilities:
         """What steers the lowering."""
         from tracejit.program import Capabilities
+        from tracejit_cpu import preload
 
         self._check(spec)
+        preload.start()
         return Capabilities()
 
     def compile(self, program: Program, spec: str = "") -> CpuExecutable:

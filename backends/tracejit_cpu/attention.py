@@ -15,7 +15,7 @@ from tracejit.program import AttentionKernel
 from tracejit_cpu import mathlib
 from tracejit_cpu.attention_base import AttentionBase, DtypeOf
 from tracejit_cpu.irbuilder import Fn, Module, memory_type, vec
-from tracejit_cpu.loops import Compiled
+from tracejit_cpu.stages import Compiled
 
 
 class AttentionCompiler(AttentionBase):

@@ -14,8 +14,8 @@ import numpy as np
 
 from tracejit.program import Access, LoopBody
 from tracejit_cpu import mathlib
-from tracejit_cpu.signs import nonpositive
 from tracejit_cpu.irbuilder import Fn, const, iota, memory_type, type_bytes, value_type, vec
+from tracejit_cpu.signs import nonpositive
 
 ARG = ("argmax", "argmin")
 

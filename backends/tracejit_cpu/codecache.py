@@ -7,7 +7,6 @@ about it is off; every entry carries a checksum and the key of the host and of t
 from __future__ import annotations
 
 import contextlib
-import functools
 import hashlib
 import json
 import os
@@ -20,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tracejit_cpu.host import host, llvm, target_machine
+from tracejit_cpu.host import host, llvm, once, target_machine
 
 _MAGIC = b"tracejit-obj-1\n"
 _LIMIT_BYTES = 512 << 20
@@ -42,7 +41,7 @@ _hits = 0
 _misses = 0
 
 
-@functools.cache
+@once
 def source_digest() -> str:
     """A digest of this package's sources and of LLVM's version: code made by other sources is never loaded."""
     digest = hashlib.sha256()
@@ -206,39 +205,39 @@ def cache_clear() -> int:
     return count
 
 
-def to_object(ir: str) -> bytes:
-    """Compile LLVM IR to object code: promote stack slots, tidy the blocks, then code generation at level 2.
+def to_object(ir: str, level: int = 2) -> bytes:
+    """Compile LLVM IR to object code: promote stack slots, tidy the blocks, then code generation.
+
+    ``level`` 0 takes a quarter of the time: for code that is not in any loop that matters.
 
     Raises:
         RuntimeError: the IR is malformed (a bug in this package).
     """
-    binding = llvm()
     with _lock:
-        module = binding.parse_assembly(ir)
+        module = _prepared(ir)
         if os.environ.get("TRACEJIT_CPU_VERIFY"):
             module.verify()
-        machine = target_machine()
-        options = binding.create_pipeline_tuning_options(speed_level=1)
-        builder = binding.create_pass_builder(machine, options)
-        passes = binding.create_new_module_pass_manager()
-        passes.add_sroa_pass()
-        passes.add_simplify_cfg_pass()
-        passes.run(module, builder)
-        return machine.emit_object(module)
+        return target_machine(level).emit_object(module)
 
 
 def to_assembly(ir: str) -> str:
     """The assembly of the same pipeline, for ``inspect()``."""
-    binding = llvm()
     with _lock:
-        module = binding.parse_assembly(ir)
-        machine = target_machine()
-        builder = binding.create_pass_builder(machine, binding.create_pipeline_tuning_options(speed_level=1))
-        passes = binding.create_new_module_pass_manager()
-        passes.add_sroa_pass()
-        passes.add_simplify_cfg_pass()
-        passes.run(module, builder)
-        return machine.emit_assembly(module)
+        return target_machine().emit_assembly(_prepared(ir))
+
+
+def _prepared(ir: str) -> Any:
+    """The parsed module after the passes."""
+    binding = llvm()
+    module = binding.parse_assembly(ir)
+    builder = binding.create_pass_builder(
+        target_machine(), binding.create_pipeline_tuning_options(speed_level=1)
+    )
+    passes = binding.create_new_module_pass_manager()
+    passes.add_sroa_pass()
+    passes.add_simplify_cfg_pass()
+    passes.run(module, builder)
+    return module
 
 
 class Loaded:
@@ -280,11 +279,16 @@ def _read_pointers(address: int, count: int) -> list[int]:
     return list((ctypes.c_uint64 * count).from_address(address))
 
 
-def load_support(name: str, make: Callable[[], str], symbols: Mapping[str, int] | None = None) -> Loaded:
-    """Load a support module (thread pool, entry, micro-kernel) from the disk cache, or compile the IR ``make`` gives."""
+def load_support(
+    name: str, make: Callable[[], str], symbols: Mapping[str, int] | None = None, level: int = 2
+) -> Loaded:
+    """Load a support module (thread pool, entry, micro-kernel) from the disk cache, or compile the IR ``make`` gives.
+
+    ``level`` is as for :func:`to_object`.
+    """
     found = read(f"support:{name}")
     if found is None:
-        code = to_object(make())
+        code = to_object(make(), level)
         write(f"support:{name}", {"name": name}, code)
     else:
         code = found[1]

@@ -8,17 +8,15 @@ of NumPy's array object is verified at start; where it differs (free-threaded bu
 from __future__ import annotations
 
 import ctypes
-import functools
 import importlib
 import sys
-import sysconfig
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
 from tracejit_cpu import codecache, runtime
-from tracejit_cpu.host import Host, host
+from tracejit_cpu.host import Host, host, once
 
 RING = 4  # result arrays kept per output
 
@@ -313,6 +311,17 @@ class _MethodDef(ctypes.Structure):
     ]
 
 
+def _free_threaded() -> bool:
+    """Whether this is a build without the GIL, whose objects look different."""
+    if sys.version_info < (3, 13):
+        return False
+    if hasattr(sys, "abiflags"):
+        return "t" in sys.abiflags
+    import sysconfig  # Windows; elsewhere its import would take as long as a cached compilation
+
+    return bool(sysconfig.get_config_var("Py_GIL_DISABLED"))
+
+
 def _layout_is_known() -> bool:
     """Whether this interpreter and NumPy lay out objects as :func:`entry_ir` assumes."""
     if (
@@ -321,7 +330,7 @@ def _layout_is_known() -> bool:
         or sys.byteorder != "little"
     ):
         return False
-    if sysconfig.get_config_var("Py_GIL_DISABLED"):
+    if _free_threaded():
         return False
     probe = np.zeros((3, 5), np.float32)
     at = id(probe)
@@ -353,7 +362,7 @@ def _array_empty_address() -> int:
     return ctypes.c_uint64.from_address(table + 184 * 8).value
 
 
-@functools.cache
+@once
 def _native_entry() -> tuple[Any, Any] | None:
     """(keep-alive, method definition) of the entry; None where only the Python path is safe."""
     if not _layout_is_known():
@@ -361,7 +370,7 @@ def _native_entry() -> tuple[Any, Any] | None:
     symbols = {s: ctypes.cast(getattr(ctypes.pythonapi, s), ctypes.c_void_p).value or 0 for s in _SYMBOLS}
     symbols["tj_array_empty"] = _array_empty_address()
     symbols["tj_launch"] = runtime.pool().launch_address
-    loaded = codecache.load_support("entry", lambda: entry_ir(host()), symbols)
+    loaded = codecache.load_support("entry", lambda: entry_ir(host()), symbols, level=0)
     method = _MethodDef(b"tracejit_program", loaded.address("tj_entry"), 0x0008, None)  # METH_O
     return loaded, method
 

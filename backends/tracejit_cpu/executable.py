@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import sys
 import threading
 import time
@@ -21,7 +20,7 @@ from tracejit.events import KernelInfo
 from tracejit.program import AttentionKernel, Buffer, ContractKernel, LoopKernel, OpKernel, Program
 from tracejit_cpu import codecache, entry, hostops, micro, plan, runtime
 from tracejit_cpu.compiler import CompiledProgram, HostStep, Segment, build, compile_program
-from tracejit_cpu.host import host
+from tracejit_cpu.host import host, once
 
 _KINDS = (
     (LoopKernel, "loop"),
@@ -31,10 +30,10 @@ _KINDS = (
 )
 
 
-@functools.cache
+@once
 def _driver() -> codecache.Loaded:
     return codecache.load_support(
-        "driver", lambda: plan.driver_ir(host()), {"tj_barrier": runtime.pool().barrier_address}
+        "driver", lambda: plan.driver_ir(host()), {"tj_barrier": runtime.pool().barrier_address}, level=0
     )
 
 

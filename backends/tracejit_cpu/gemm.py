@@ -25,7 +25,7 @@ from tracejit_cpu.gemm_problem import (
     wants_swap,
 )
 from tracejit_cpu.irbuilder import Fn, Module, memory_type, value_type
-from tracejit_cpu.loops import Compiled, Stage
+from tracejit_cpu.stages import Compiled, Stage
 from tracejit_cpu.micro import Tile, micro_kernel, pack, pack_table, tile_for
 
 KC_MAX = 1024

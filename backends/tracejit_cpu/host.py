@@ -11,12 +11,35 @@ import math
 import os
 import platform
 import sys
+import threading
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+T = TypeVar("T")
 
 
-@functools.cache
+def once(make: Callable[[], T]) -> Callable[[], T]:
+    """``functools.cache`` for a function without parameters that runs once even when two threads ask at a time.
+
+    The preloading thread (``preload.py``) and the thread of the first call meet in these.
+    """
+    lock = threading.Lock()
+    found: list[T] = []
+
+    @functools.wraps(make)
+    def get() -> T:
+        if not found:
+            with lock:
+                if not found:
+                    found.append(make())
+        return found[0]
+
+    return get
+
+
+@once
 def llvm() -> Any:
     """The ``llvmlite.binding`` module with the native target initialised."""
     import llvmlite.binding as binding
@@ -85,7 +108,7 @@ def _make_host(flags: dict[str, bool], triple: str, limit: int | None = None) ->
     return Host(triple, arch, features, width, registers, fma, f16)
 
 
-@functools.cache
+@once
 def host() -> Host:
     """The machine this process runs on. Feature flags are trusted, the CPU's name is not."""
     binding = llvm()
@@ -99,12 +122,16 @@ def host() -> Host:
 
 
 @functools.cache
-def target_machine() -> Any:
-    """The LLVM target machine (codegen level 2) for :func:`host`."""
+def target_machine(level: int = 2) -> Any:
+    """The LLVM target machine for :func:`host`, generating code at ``level`` (0 to 3)."""
     binding = llvm()
     here = host()
     return binding.Target.from_triple(here.triple).create_target_machine(
-        cpu="", features=here.features, opt=2, reloc="pic" if here.arch != "x86_64" else "default", jit=True
+        cpu="",
+        features=here.features,
+        opt=level,
+        reloc="pic" if here.arch != "x86_64" else "default",
+        jit=True,
     )
 
 

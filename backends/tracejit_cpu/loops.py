@@ -15,7 +15,6 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -31,33 +30,11 @@ from tracejit_cpu.body import (
     lanes_for,
     levels,
 )
+from tracejit_cpu.stages import Compiled, Stage
 from tracejit_cpu.irbuilder import Fn, Module, const, iota, mask_first, type_bytes, value_type, vec
 
 KEEP_LIMIT = 1 << 17  # bytes of one kept row in a thread's scratch memory
 _NO_INDEX = (1 << 63) - 1
-
-
-@dataclass
-class Stage:
-    """One compiled function and how to call it. ``pointers`` are local buffer numbers, or ``~t`` for temporary ``t``."""
-
-    function: str
-    pointers: list[int]
-    tasks: int
-    cost: float  # estimated nanoseconds on one thread
-    scratch: int = 0  # bytes of per-thread scratch
-    after: list[int] | None = None  # earlier stages it needs; None = the one before
-    only_reads: list[int] | None = (
-        None  # local buffers it reads: lets it start as soon as their writers are done
-    )
-
-
-@dataclass
-class Compiled:
-    """The stages of a body, each depending on the one before, and the sizes in bytes of shared temporaries."""
-
-    stages: list[Stage]
-    temps: list[int] = field(default_factory=list)
 
 
 def choose_vector_axis(local: Local, vector_bytes: int) -> int:
@@ -98,7 +75,9 @@ class LoopCompiler:
         self.V = lanes_for(local.instrs, module.host.vector_bytes) if self.v >= 0 else 1
         self.level = levels(local)
         self.reduces = [i for i, x in enumerate(local.instrs) if x.op == "reduce"]
-        self.top = max((self.level[i] for i in range(len(local.instrs)) if is_full(local, i)), default=0)
+        # the last sweep: of a value per element, or of a reduce whose operand is the same for every element
+        swept = [i for i, x in enumerate(local.instrs) if is_full(local, i) or x.op == "reduce"]
+        self.top = max((self.level[i] for i in swept), default=0)
         self.rows = self.v in local.reduce
         self.par = [a for a in range(len(local.domain)) if a not in local.reduce and a != self.v]
         self.red = [a for a in range(len(local.domain)) if a in local.reduce and a != self.v]

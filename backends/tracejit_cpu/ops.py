@@ -12,7 +12,7 @@ import numpy as np
 from tracejit.program import OpKernel
 from tracejit_cpu import conv, pooling, scatter
 from tracejit_cpu.irbuilder import Module, value_type
-from tracejit_cpu.loops import Compiled
+from tracejit_cpu.stages import Compiled
 
 DtypeOf = Callable[[int], np.dtype]
 Parts = list[tuple[Compiled, list[int]]]

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 from tracejit.program import Kernel, Program
 from tracejit_cpu.host import Host
-from tracejit_cpu.loops import Compiled
+from tracejit_cpu.stages import Compiled
 
 ALIGN = 64
 

@@ -13,7 +13,7 @@ import numpy as np
 from tracejit.program import OpKernel
 from tracejit_cpu import mathlib
 from tracejit_cpu.irbuilder import Fn, Module, const, mask_first, memory_type, type_bytes, value_type, vec
-from tracejit_cpu.loops import Compiled, Stage
+from tracejit_cpu.stages import Compiled, Stage
 
 OPS = frozenset({"max_pool2d", "max_pool2d_grad", "max_pool2d_select", "avg_pool2d", "avg_pool2d_grad"})
 

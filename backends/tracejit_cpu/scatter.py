@@ -14,7 +14,7 @@ import numpy as np
 from tracejit.program import OpKernel
 from tracejit_cpu import mathlib
 from tracejit_cpu.irbuilder import Fn, Module, const, memory_type, value_type, vec
-from tracejit_cpu.loops import Compiled, Stage
+from tracejit_cpu.stages import Compiled, Stage
 
 OPS = frozenset({"scatter_add", "scatter_add_along_axis", "cumsum", "cumprod"})
 DtypeOf = Callable[[int], np.dtype]

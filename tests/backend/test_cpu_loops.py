@@ -293,3 +293,18 @@ def test_sum_is_the_same_for_any_thread_count():
     ex._threads = [1]
 
     assert ex._slow([x])[0] == first
+
+
+@pytest.mark.parametrize("domain, reduce_axes", [((2, 4), (1,)), ((32,), (0,)), ((40, 3), (0,))])
+def test_reductions_in_sequence_of_what_does_not_vary_along_them(domain, reduce_axes):
+    """The variance of a value that is broadcast along the rows: the second reduce has no operand per element."""
+    b = Body(domain, reduce_axes)
+    x = b.const(2.5)
+    mean = b.op("mul", b.reduce("sum", x), b.const(1 / math.prod(domain[a] for a in reduce_axes)))
+    centred = b.op("sub", x, mean)
+    total = b.reduce("sum", b.op("add", b.op("mul", centred, centred), b.const(1.0)))
+    b.store(total, axes=[a for a in range(len(domain)) if a not in reduce_axes])
+    want = np.full(
+        [n for a, n in enumerate(domain) if a not in reduce_axes], math.prod(domain[a] for a in reduce_axes)
+    )
+    np.testing.assert_allclose(CpuExecutable(b.program())([])[0].reshape(want.shape), want, rtol=1e-5)

@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from tests.backend.test_cpu_loops import Body
+from tests.backend.test_cpu_loops import F32, Body
 from tracejit_cpu.executable import CpuExecutable
 
 UNARY = {
@@ -244,3 +244,41 @@ def test_simple_functions_are_exact(name, numpy_op):
     x = np.concatenate([EDGES, np.arange(-3, 3, 0.25, np.float32)])
     with np.errstate(all="ignore"):
         np.testing.assert_array_equal(run(name, x), numpy_op(x))
+
+
+def test_float64_rounds_once_to_float16():
+    """Every float16, the midpoints between neighbours, and values a hair beside those: no double rounding."""
+    every = np.arange(65536, dtype=np.uint16).view(np.float16).astype(np.float64)
+    every = np.sort(every[np.isfinite(every)])
+    middle = (every[1:] + every[:-1]) / 2
+    special = [np.inf, -np.inf, np.nan, 1e300, -1e300, 1e-300, 65519.999999, 65520.0, 5e-324]
+    x = np.concatenate([every, middle, np.nextafter(middle, np.inf), np.nextafter(middle, -np.inf), special])
+    b = Body(x.shape)
+    b.store(b.op("convert", b.load("float64"), dtype="float16"))
+    with np.errstate(over="ignore"):
+        np.testing.assert_array_equal(CpuExecutable(b.program())([x])[0], x.astype(np.float16))
+
+
+@pytest.mark.parametrize("shape", ["-x * x", "-abs(x)", "x - max(x)", "min(x, 0)"])
+def test_exp_of_what_is_known_to_be_negative(shape):
+    """The shorter exponential: denormal results, infinities and NaN payloads included."""
+    x = samples()
+    x = np.concatenate([x, np.array([0x7F800001, 0xFFC00123, 0x7FFFFFFF], np.uint32).view(np.float32)])
+    x = np.resize(x, (len(x) // 512 + 1, 512))
+    reduce_axes = (1,) if "max" in shape else ()
+    b = Body(x.shape, reduce_axes)
+    v = b.load(F32)
+    if shape == "-x * x":
+        with np.errstate(all="ignore"):
+            argument, numpy = b.op("mul", b.op("neg", v), v), -x * x
+    elif shape == "-abs(x)":
+        argument, numpy = b.op("neg", b.op("abs", v)), -np.abs(x)
+    elif shape == "min(x, 0)":
+        argument, numpy = b.op("minimum", v, b.const(0.0)), np.minimum(x, np.float32(0))
+    else:
+        with np.errstate(all="ignore"):
+            argument, numpy = b.op("sub", v, b.reduce("max", v)), x - x.max(1, keepdims=True)
+    b.store(b.op("exp", argument))
+    with np.errstate(all="ignore"):
+        exact = np.exp(numpy.astype(np.float64))
+    assert ulps(CpuExecutable(b.program())([x])[0], exact).max() <= 1.0

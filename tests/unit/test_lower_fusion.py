@@ -239,3 +239,10 @@ def test_snapshot(name: str) -> None:
     assert text == path.read_text(), (
         f"{path} differs; TRACEJIT_UPDATE_SNAPSHOTS=1 rewrites it if that is intended"
     )
+
+
+def test_positions_of_a_maximum_count_through_the_axes_in_their_own_order() -> None:
+    """A tiled operand is read in another order than its axes have; argmax over both axes must not notice."""
+    x = rand(3, 4)
+    program = program_of(lambda x: np.argmax(np.tile(x, 2), axis=-1), (x,))
+    assert len(program.kernels) == 1

@@ -117,7 +117,11 @@ def memory_order(body: LoopBody, red: set[int]) -> list[int]:
     if best is None:
         return list(range(rank))
     reach = [max((abs(a.strides[d]) for a in accesses(body)), default=0) for d in range(rank)]
-    return sorted(range(rank), key=lambda d: (-abs(best[d]) if best[d] else -reach[d], d))
+    order = sorted(range(rank), key=lambda d: (-abs(best[d]) if best[d] else -reach[d], d))
+    if any(i.op == "reduce" and i.attrs["kind"] in ("argmax", "argmin") for i in body.instrs):
+        inside = iter(sorted(red))  # positions count through the reduce axes in their own order
+        order = [next(inside) if d in red else d for d in order]
+    return order
 
 
 def coalesce_contract(c: Contract) -> Contract:
