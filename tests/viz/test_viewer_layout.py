@@ -284,3 +284,44 @@ def test_the_gradient_alone_still_flows_right_to_left():
             left += not stacked and cell[d].rect[0] < cell[s].rect[0]
             right += not stacked and cell[d].rect[0] > cell[s].rect[0]
     assert left > 4 * right
+
+
+def test_updates_of_a_family_and_shared_scalars_do_not_overlap():
+    """The first column is a part of ``block0``, whose updates lie below all its columns; so do the shared scalars then."""
+    nodes = []
+
+    def add(op, inputs, scope, **extra):
+        nodes.append(
+            {
+                "id": len(nodes),
+                "op": op,
+                "inputs": inputs,
+                "attrs": {},
+                "shape": [8],
+                "dtype": "float32",
+                "scope": scope,
+            }
+            | extra
+        )
+        return len(nodes) - 1
+
+    x = add("input", [], "", name="x")
+    params = []
+    for part in ("norm1", "attn", "norm2", "mlp"):
+        for k in range(6):
+            p = add("input", [], "", name=f"params.{part}.w{k}")
+            params.append(p)
+            x = add("mul", [x, p], f"block0/{part}")
+    loss = add("sum", [x], "loss", shape=[])
+    rate = add("mul", [loss, loss], "optimizer/schedule", shape=[])
+    for p in params:
+        g = add("mul", [p, x], nodes[x]["scope"], grad_of=x)
+        add("sub", [p, add("mul", [g, rate], "optimizer")], "optimizer")
+    model = parse_graph(
+        {"format": "tracejit-graph", "version": 1, "name": "t", "nodes": nodes, "outputs": []}
+    )
+    for budget in (30, 80, 200):
+        a = arrange(model, budget=budget)
+        page = layout_page(a.items, list(a.edges))
+        check_page(page, a.items)
+        assert len({c.column for c in page.cells if c.phase == "optimizer"}) <= 2

@@ -226,21 +226,27 @@ def _assign_updates(
                 families[own[:1] or ("", str(c.index))].append(c)
             else:
                 out[c.index] = hit
+    spans = {name for name in families if any(c[:1] == name for c in columns)}  # a cell below a whole family
+
+    def settle(column: Path) -> Path:
+        return column[:1] if column[:1] in spans else column
+
+    first = settle(columns[0]) if columns else ("update",)
+    for i, column in out.items():
+        if phase[i] == "optimizer":
+            out[i] = settle(column)
     for name, members in families.items():
-        whole = {c.index for c in members}
-        if name[0] and any(
-            c[:1] == name for c in columns
-        ):  # an update of a whole family of columns: a cell below all
-            whole |= {i for i, column in out.items() if column[:1] == name and phase[i] == "optimizer"}
-            under: Path | None = name
-        else:
-            near = [out[v] for i in whole for v in pred.get(i, ()) if v in out and phase[v] == "forward"]
-            under = next(iter(near), None)  # else what serves all updates: where the gradient pass ends
-            if under is None and name[0]:
-                under = columns[0] if columns else ("update",)
-        for i in whole:
-            beside = [out[v] for v in (*pred.get(i, ()), *succ.get(i, ())) if v in out]
-            out[i] = under or next(iter(beside), columns[0] if columns else ("update",))
+        near = [out[v] for c in members for v in pred.get(c.index, ()) if v in out and phase[v] == "forward"]
+        for c in members:
+            if name in spans:
+                out[c.index] = name
+            elif near and name[0]:
+                out[c.index] = settle(near[0])
+            elif name[0]:  # what serves all updates comes first: where the gradient pass ends
+                out[c.index] = first
+            else:
+                beside = [out[v] for v in (*pred.get(c.index, ()), *succ.get(c.index, ())) if v in out]
+                out[c.index] = settle(next(iter(beside), first))
 
 
 def _keep_families_together(columns: list[Path]) -> list[Path]:
