@@ -22,7 +22,7 @@ from tests.benchmarks import peer_tracejit
 from tracejit import events
 from tracejit_viz.client import LiveObserver
 
-TURNS, SECONDS = 10, 1.0
+TURNS, SECONDS = 40, 0.3
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="pauses the viewer with a POSIX signal")
 

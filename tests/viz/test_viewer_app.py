@@ -462,4 +462,7 @@ def test_a_playing_window_is_polite_while_the_program_runs(driver):
     driver.settle(3.0)
     assert app.ui.playing and app.frame_rate() == 60  # a recording: nobody else needs the processor
     app.ui.live = True
-    assert app.frame_rate() <= 20
+    app._cost = 0.004
+    assert app.frame_rate() <= 30
+    app._cost = 1.0
+    assert app.frame_rate() == 5  # however slow the machine, the window lives

@@ -11,9 +11,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tracejit_viz.fold import Choices, arrange
+from tracejit_viz.layout.columns import choose_columns
 from tracejit_viz.layout.compound import LayoutCache, compound
 from tracejit_viz.layout.layered import layered
-from tracejit_viz.layout.score import Page, choose_columns, layout_page
+from tracejit_viz.layout.score import Page, layout_page
 from tracejit_viz.model import parse_graph
 
 SLACK = 0.6  # page units; sizes are rounded

@@ -6,10 +6,15 @@ Owns the clock, the camera and the UI state; drawing is ``draw.window``, data is
 from __future__ import annotations
 
 import os
+import sys
 import time
 from collections.abc import Callable
 
 os.environ.setdefault("PYGAME_HIDE_SUPPORT_PROMPT", "1")
+if (
+    sys.platform == "linux"
+):  # a plain shared-memory image: without a GPU, SDL's way through OpenGL takes 40 ms a frame
+    os.environ.setdefault("SDL_FRAMEBUFFER_ACCELERATION", "0")
 
 import pygame
 
@@ -26,9 +31,9 @@ from .scene import Scene
 from .ui import UiState
 
 FPS = 60
-POLITE_FPS = (
-    20  # while a program is running and nobody touches the window: the program needs the processor more
-)
+#: While a program runs and nobody touches the window, drawing may take this part of the machine: the program needs it.
+POLITE_SHARE = 0.012
+POLITE_FPS = (5, 30)
 IDLE_FPS = 8
 TOUCHED = 1.5  # seconds after the last input during which the window runs at full speed
 END_PAUSE = 0.6  # seconds at the end of a replay before the next one
@@ -90,6 +95,7 @@ class App(Actions):
         self._gif_next = 0.0
         self._busy_until = clock() + TOUCHED
         self._drawn = -2
+        self._cost = 0.003  # seconds of processor time for a frame, smoothed
         self._title = ""
         programs = self.programs()
         if programs:
@@ -161,8 +167,10 @@ class App(Actions):
         """The main loop; ``frames`` limits it for tests and benchmarks."""
         tick = pygame.time.Clock()
         while self.running and (frames is None or frames > 0):
+            spent = time.process_time()
             if self.frame(pygame.event.get()):
                 pygame.display.flip()
+                self._cost += 0.1 * (time.process_time() - spent - self._cost)
             tick.tick(self.frame_rate())
             if frames is not None:
                 frames -= 1
@@ -178,7 +186,10 @@ class App(Actions):
             return FPS
         if not (playing or self.ui.typing):
             return IDLE_FPS
-        return POLITE_FPS if self.ui.live else FPS
+        if not self.ui.live:
+            return FPS
+        share = POLITE_SHARE * (os.cpu_count() or 1)
+        return int(min(POLITE_FPS[1], max(POLITE_FPS[0], share / max(1e-4, self._cost))))
 
     def frame(self, events: list[pygame.event.Event]) -> bool:
         """Handle events, advance time, draw. False when nothing can have changed and nothing was drawn."""

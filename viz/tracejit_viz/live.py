@@ -5,6 +5,7 @@ Listens before it opens the window, so that the trainer can connect while pygame
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 
@@ -20,8 +21,7 @@ def main() -> int:
         hub = Hub(place.meeting_dir())
         if not hub.listening:
             return 0
-        if hasattr(os, "nice"):
-            os.nice(15)  # the program being watched comes first
+        _be_polite()
         try:
             from .app import App, default_size, open_screen
 
@@ -35,6 +35,15 @@ def main() -> int:
         print(error, file=sys.stderr)
         return 1
     return 0
+
+
+def _be_polite() -> None:
+    """The program being watched comes first."""
+    if hasattr(os, "nice"):
+        os.nice(19)
+    if sys.platform == "linux":  # never interrupt a running thread just because a frame is due
+        with contextlib.suppress(OSError):
+            os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
 
 
 def _size() -> tuple[int, int] | None:
