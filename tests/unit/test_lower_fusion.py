@@ -13,10 +13,11 @@ from typing import Any
 import numpy as np
 import pytest
 
+import tracejit as tj
 from tests.unit import lower_workloads as workloads
 from tests.unit.lower_workloads import SMALL, check, optimised
 from tracejit import nn, optim
-from tracejit.lower import lower
+from tracejit.lower import interpret, lower
 from tracejit.lower.horizontal import bindings
 from tracejit.lower.text import program_text
 from tracejit.program import (
@@ -246,3 +247,20 @@ def test_positions_of_a_maximum_count_through_the_axes_in_their_own_order() -> N
     x = rand(3, 4)
     program = program_of(lambda x: np.argmax(np.tile(x, 2), axis=-1), (x,))
     assert len(program.kernels) == 1
+
+
+def test_a_value_whose_transpose_and_reshape_are_both_results():
+    """The value lies in the order of its transpose; a reshape that does not follow the axes counts positions."""
+    x = np.random.default_rng(0).standard_normal((2, 3, 8)).astype(np.float32)
+
+    def f(x):
+        y = x / (x * x + 1)
+        return y.T, y.reshape(4, -1), y.swapaxes(0, 2).reshape(-1, 9 - 3), y.reshape(16, 3).sum(axis=0)
+
+    traced = tj.trace(f)
+    want = traced(x, device="numpy")
+    for got, w in zip(traced(x, device="cpu"), want, strict=True):
+        np.testing.assert_allclose(got, w, rtol=1e-6, atol=1e-6)
+    entry, leaves = traced._entry_for((x,), {"device": "cpu"})
+    for got, w in zip(interpret.run(entry.program, list(entry.gather(leaves))), want, strict=True):
+        np.testing.assert_allclose(got, w, rtol=1e-6, atol=1e-6)

@@ -6,6 +6,7 @@ Called by ``kernels.py``. Axis ids of a cluster become positions of the body's d
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from math import prod
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -135,11 +136,32 @@ class BodyEmitter:
             strides[self.position[a]] = s
         return total, Access(self.buffer_ids(place.root), tuple(strides), total[0])
 
+    def unravelled(
+        self, e: Expr, shape: Sequence[int], strides: Sequence[int]
+    ) -> tuple[tuple[int, int, int], ...]:
+        """The row-major position ``e`` in an array that does not lie in that order (a transpose of it is an output too)."""
+        at, inner = self.index(e), prod(shape)
+        out = []
+        for axis, (n, stride) in enumerate(zip(shape, strides, strict=True)):
+            inner //= n
+            if n == 1:
+                continue
+            i = at if inner == 1 else self.emit("floordiv", (at, self.const(inner, INT64)), INT64)
+            if axis:
+                i = self.emit("mod", (i, self.const(n, INT64)), INT64)
+            out.append((i, stride, n))
+        return tuple(out)
+
     def load(self, v: Value, m: Map, fill: Any = 0) -> int:
         """Read ``v`` from memory; partial sums of a split contraction are added up."""
         place = place_of(v, self.fusion)
-        total, access = self.access(place, m[0], m[2])
-        gather = tuple((self.gathered(x, xm, n), s, n) for x, xm, s, n in total[2])
+        gather: tuple[tuple[int, int, int], ...]
+        if m[2] and not affine.same_layout(v.shape, place.strides, affine.contiguous(v.shape)):
+            access = Access(self.buffer_ids(place.root), (0,) * len(self.order), place.offset)
+            gather = self.unravelled(m[0][0], v.shape, place.strides)
+        else:
+            total, access = self.access(place, m[0], m[2])
+            gather = tuple((self.gathered(x, xm, n), s, n) for x, xm, s, n in total[2])
         predicate = self.predicate(m[1])
         attrs: dict[str, Any] = {"access": access}
         axes = {i for i, s in enumerate(access.strides) if s}
