@@ -328,6 +328,13 @@ def test_view_without_a_display_points_to_export(recording, monkeypatch, capsys)
     assert "tracejit export" in capsys.readouterr().err
 
 
+def test_zoom_shows_the_selected_card_from_near(small_session):
+    far, near = stage(small_session, select="matmul"), stage(small_session, select="matmul", zoom=True)
+    assert near.camera.zoom > 1.5 * far.camera.zoom
+    x, y, w, h = near.scene.rects[near.ui.selected]
+    assert near.camera.to_view(x + w / 2, y + h / 2) == pytest.approx((0, 0), abs=1)
+
+
 def test_a_stage_of_a_silly_size_is_refused(small_session):
     with pytest.raises(ViewerError):
         Stage(small_session, Shot(size=(20000, 100)))

@@ -19,7 +19,7 @@ if (
 import pygame
 
 from .actions import Actions
-from .camera import Camera
+from .camera import Camera, around
 from .draw.window import Window
 from .errors import NoDisplayError
 from .fold import Choices
@@ -153,8 +153,7 @@ class App(Actions):
         page = self.scene.page
         rect = (-16.0, -24.0, page.width + 32, page.height + 30)
         if item is not None and item in page.items:
-            x, y, w, h = page.items[item]
-            rect = (x - 420, y - 260, w + 840, h + 520)
+            rect = around(page.items[item])
         if now is None:
             self.camera.fit(rect, view)
             self._fitted = item is None

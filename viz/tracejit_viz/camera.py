@@ -9,6 +9,12 @@ MIN_ZOOM, MAX_ZOOM = 0.004, 4.0
 FLIGHT = 0.35  # seconds
 
 
+def around(card: tuple[float, float, float, float]) -> tuple[float, float, float, float]:
+    """A card with its surroundings, to be shown from near."""
+    x, y, w, h = card
+    return x - 420, y - 260, w + 840, h + 520
+
+
 @dataclass
 class Camera:
     """Page point at the centre of the view, and pixels per page unit."""

@@ -93,10 +93,13 @@ def main_export(argv: Sequence[str] | None = None) -> int:
         "--heat", choices=("off", "time", "memory"), default="off", help="colour cards by time or memory"
     )
     parser.add_argument("--select", default="", metavar="TEXT", help="select the first card that matches")
+    parser.add_argument("--zoom", action="store_true", help="show the selected card from near")
     parser.add_argument("--program", default="", metavar="NAME", help="which program of the recording")
     parser.add_argument("--panels", choices=PANELS, default="all", help="what is shown beside the graph")
     parser.add_argument("--unfold", action="store_true", help="draw every repeated block")
     o = parser.parse_args(argv)
+    if o.zoom and not o.select:
+        parser.error("--zoom needs --select")
     if not 1 <= o.fps <= 60:
         parser.error("--fps must be between 1 and 60")
     os.environ["SDL_VIDEODRIVER"] = "dummy"
@@ -120,6 +123,7 @@ def main_export(argv: Sequence[str] | None = None) -> int:
             o.panels,
             o.program,
             o.unfold,
+            o.zoom,
         )
         _with_progress(o.out, lambda tell: export(trainer, o.out, shot, tell))
     except ViewerError as error:

@@ -13,7 +13,7 @@ os.environ.setdefault("PYGAME_HIDE_SUPPORT_PROMPT", "1")
 
 import pygame
 
-from .camera import Camera
+from .camera import Camera, around
 from .draw.window import Window
 from .errors import ViewerError
 from .fold import Choices
@@ -44,6 +44,7 @@ class Shot:
     panels: str = "all"
     program: str = ""
     unfold: bool = False
+    zoom: bool = False  # to the selected card
 
 
 def parse_moment(text: str, session: Session, default: str) -> tuple[int, float]:
@@ -108,6 +109,8 @@ class Stage:
             exact = [i for i in found if self.scene.items[i].label == shot.select]
             linked = [i for i in exact or found if self.scene.partners(i)]
             self.ui.selected = (linked or exact or found)[0]
+            if shot.zoom:
+                self.camera.fit(around(page.items[self.ui.selected]), view)
 
     def picture(self, step: Step | None, t: float, clock: float) -> pygame.Surface:
         """One frame; the surface is reused."""

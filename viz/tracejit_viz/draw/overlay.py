@@ -144,8 +144,10 @@ class Overlay:
         camera: Camera,
         view: pygame.Rect,
         clock: float,
+        behind: Iterable[int] = (),
     ) -> None:
-        """Bright points that ride along edges."""
+        """Bright points that ride along edges, and disappear behind the cards of ``behind``."""
+        hidden = [pygame.Rect(*map(round, self._box(scene, i, camera, view))) for i in behind]
         for a, b in edges:
             line = self._line(scene, (a, b), camera, view)
             base = category(scene.items[a].category)
@@ -158,7 +160,7 @@ class Overlay:
             for j in range(count):
                 f = ((clock * 0.9 + j / count) % 1.0) * total
                 px, py = float(np.interp(f, at, line[:, 0])), float(np.interp(f, at, line[:, 1]))
-                if not view.collidepoint(px, py):
+                if not view.collidepoint(px, py) or any(box.collidepoint(px, py) for box in hidden):
                     continue
                 r = max(1.5, (2.0 + j * 0.4) * min(1.4, camera.zoom))
                 g = glow_disc(

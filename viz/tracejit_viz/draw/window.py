@@ -130,7 +130,8 @@ class Window:
             near = self._touching(scene, ui.hovered)
             o.edges(screen, scene, near, camera, view)
             bold = bold + near
-        self.graph.restamp(screen, camera, o.crossed(scene, [*arriving, *bold[:300]]))
+        crossed = o.crossed(scene, [*arriving, *bold[:300]])
+        self.graph.restamp(screen, camera, crossed)
         if ui.hovered is not None and ui.hovered in scene.page.items and ui.hovered != ui.selected:
             o.outline(screen, scene, ui.hovered, camera, view, mix(BG, TEXT, 0.6), 1.2)
         for i in ui.matches if ui.query else ():
@@ -145,7 +146,7 @@ class Window:
             for j in scene.partners(ui.selected)[:12]:
                 if j in scene.page.items:
                     o.link(screen, scene, ui.selected, j, camera, view)
-        o.tokens(screen, scene, arriving, camera, view, clock)
+        o.tokens(screen, scene, arriving, camera, view, clock, crossed)
         if self.moment is not None and lit is None and len(self.moment.active):
             o.running(
                 screen,
