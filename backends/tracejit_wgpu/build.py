@@ -42,9 +42,16 @@ class BodyBuilder:
         return self.op("index", dtype=I32, axis=axis)
 
     def load(
-        self, buffer: int, strides: Sequence[int], dtype: Any, offset: int = 0, *, gather: Any = (), predicate: int | None = None,
+        self,
+        buffer: int,
+        strides: Sequence[int],
+        dtype: Any,
+        offset: int = 0,
+        *,
+        gather: Any = (),
+        predicate: int | None = None,
         fill: Any = 0,
-    ) -> int:  # fmt: skip
+    ) -> int:
         """A load; see :class:`tracejit.program.Instr`."""
         attrs: dict[str, Any] = {"access": Access(buffer, tuple(strides), offset)}
         if gather:

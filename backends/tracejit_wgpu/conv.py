@@ -280,6 +280,13 @@ def _nonempty(
 GENERATORS = {
     f.__name__: _nonempty(f)
     for f in (
-        conv2d, conv2d_input_grad, conv2d_weight_grad, max_pool2d, max_pool2d_grad, max_pool2d_select, avg_pool2d, avg_pool2d_grad,
+        conv2d,
+        conv2d_input_grad,
+        conv2d_weight_grad,
+        max_pool2d,
+        max_pool2d_grad,
+        max_pool2d_select,
+        avg_pool2d,
+        avg_pool2d_grad,
     )
-}  # fmt: skip
+}

@@ -1,4 +1,4 @@
-"""Shader text under construction: bindings, workgroup memory, and the SSA emitter that turns LoopBody instructions into WGSL.
+"""Shader text under construction: bindings, workgroup memory, and the SSA emitter from LoopBody instructions to WGSL.
 
 Kernel generators (``loops.py``, ``contract.py``, ``conv.py``) create one :class:`Shader` per dispatch and one
 :class:`Emitter` per body. Values are lists of lanes: one name, or four when the value varies along the vector axis.
@@ -369,7 +369,8 @@ class Emitter:
             fill = wgsl.literal(instr.attrs.get("fill", 0), instr.dtype)
             splat = shader.stored(fill, instr.dtype)
             self.lines.append(
-                f"var {name} = vec4<{bound.element}>({splat}); if ({self.lane(predicate, 0)}) {{ {name} = {bound.name}[{where}]; }}\n"
+                f"var {name} = vec4<{bound.element}>({splat}); "
+                f"if ({self.lane(predicate, 0)}) {{ {name} = {bound.name}[{where}]; }}\n"
             )
             return [
                 self.let(position, k, shader.loaded(f"{name}.{XYZW[k]}", instr.dtype)) for k in range(lanes)

@@ -239,7 +239,8 @@ fn mul_hi(a: u32, b: u32) -> u32 {
  let m = ah * bl + ((al * bl) >> 16u); let k = al * bh + (m & 0xffffu);
  return ah * bh + (m >> 16u) + (k >> 16u);
 }
-var<private> two_over_pi: array<u32, 8> = array<u32, 8>(0u, 0xa2f9836eu, 0x4e441529u, 0xfc2757d1u, 0xf534ddc0u, 0xdb629599u, 0x3c439041u, 0xfe5163abu);
+var<private> two_over_pi: array<u32, 8> = array<u32, 8>(0u, 0xa2f9836eu,
+  0x4e441529u, 0xfc2757d1u, 0xf534ddc0u, 0xdb629599u, 0x3c439041u, 0xfe5163abu);
 fn trig_reduce(x: f32) -> vec2<f32> { // (r, quadrant) with x = r + quadrant * pi/2, |r| <= pi/4; x finite
  let a = abs(x); var n: f32; var r: f32;
  if (a < 4096.0f) {
@@ -264,8 +265,10 @@ fn trig_reduce(x: f32) -> vec2<f32> { // (r, quadrant) with x = r + quadrant * p
  let q = f32(u32(n) & 3u);
  return vec2<f32>(r, q);
 }
-fn sin_poly(r: f32) -> f32 { let z = r * r; return fma(fma(fma(-1.9515295891e-4f, z, 8.3321608736e-3f), z, -1.6666654611e-1f), z * r, r); }
-fn cos_poly(r: f32) -> f32 { let z = r * r; return fma(fma(fma(2.443315711809948e-5f, z, -1.388731625493765e-3f), z, 4.166664568298827e-2f), z * z, 1.0f - 0.5f * z); }
+fn sin_poly(r: f32) -> f32 { let z = r * r; return fma(fma(fma(-1.9515295891e-4f,
+  z, 8.3321608736e-3f), z, -1.6666654611e-1f), z * r, r); }
+fn cos_poly(r: f32) -> f32 { let z = r * r; return fma(fma(fma(2.443315711809948e-5f,
+  z, -1.388731625493765e-3f), z, 4.166664568298827e-2f), z * z, 1.0f - 0.5f * z); }
 fn trig_(x: f32, shift: u32, neg: bool) -> f32 { // sin(|x| + shift pi/2), negated on request
  if (!isfinite_(x)) { return bitcast<f32>(nan_bits); }
  let p = trig_reduce(x); let q = u32(p.y) + shift;

@@ -47,7 +47,8 @@ def scatter_add(kernel: OpKernel, tables: Tables) -> list[Dispatch] | None:
     index = shader.read(idx, "j")
     body = (
         f"let t = wg * {threads}u + li; if (t >= {total}u) {{ return; }}\n"
-        f"let i = t % {inner}u; let v = (t / {inner}u) % {rows}u; let o = t / {inner * rows}u;\nvar acc = {shader.read(base, 't')};\n"
+        f"let i = t % {inner}u; let v = (t / {inner}u) % {rows}u; "
+        f"let o = t / {inner * rows}u;\nvar acc = {shader.read(base, 't')};\n"
         f"for (var j = 0u; j < {count}u; j++) {{ let x = {index}; if ({_wrapped('x', rows, tables.dtype(idx))} == v) {{\n"
         f"acc = {_add('acc', shader.read(upd, f'(o * {count}u + j) * {inner}u + i'), dtype, shader)}; }} }}\n"
         f"{names[-1]}[t] = {shader.stored('acc', dtype)};\n"
@@ -82,7 +83,10 @@ def _by_masks(kernel: OpKernel, tables: Tables, sizes: tuple[int, int, int, int]
     per = min(columns, 4)
     index = shader.read(idx, "j")
     hit = f"{_wrapped('x', rows, tables.dtype(idx))} == v"
-    body = f"let v = (wg / {blocks}u) % {rows}u; let o = wg / {blocks * rows}u; let c = (wg % {blocks}u) * {per * threads}u + li;\n"
+    body = (
+        f"let v = (wg / {blocks}u) % {rows}u; let o = wg / {blocks * rows}u; "
+        f"let c = (wg % {blocks}u) * {per * threads}u + li;\n"
+    )
     adds = ""
     for q in range(per):
         place = shader.read(base, f"(o * {rows}u + v) * {inner}u + c{q}")
@@ -91,7 +95,8 @@ def _by_masks(kernel: OpKernel, tables: Tables, sizes: tuple[int, int, int, int]
     body += (
         f"for (var first = 0u; first < {count}u; first += {chunk}u) {{\n"
         f" for (var w = li; w < {words}u; w += {threads}u) {{ var m = 0u;\n"
-        f"  for (var b = 0u; b < 32u; b++) {{ let j = first + w * 32u + b; if (j < {count}u) {{ let x = {index}; if ({hit}) {{ m |= 1u << b; }} }} }}\n"
+        f"  for (var b = 0u; b < 32u; b++) {{ let j = first + w * 32u + b; "
+        f"if (j < {count}u) {{ let x = {index}; if ({hit}) {{ m |= 1u << b; }} }} }}\n"
         f"  {mask}[w] = m; }}\n workgroupBarrier();\n"
         f" for (var w = 0u; w < {words}u; w++) {{ var m = {mask}[w]; while (m != 0u) {{\n"
         f"  let j = first + w * 32u + countTrailingZeros(m); m &= m - 1u; {adds} }} }}\n workgroupBarrier();\n}}\n"
@@ -129,7 +134,8 @@ def _by_sorting(kernel: OpKernel, tables: Tables, sizes: tuple[int, int, int, in
         f"let t = wg * {threads}u + li; if (t >= {total}u) {{ return; }}\n"
         f"let i = t % {inner}u; let v = (t / {inner}u) % {rows}u; let o = t / {inner * rows}u;\n"
         f"var low = 0u; var high = {count}u;\n"
-        f"while (low < high) {{ let mid = (low + high) / 2u; if ({k}[mid] < v) {{ low = mid + 1u; }} else {{ high = mid; }} }}\n"
+        f"while (low < high) {{ let mid = (low + high) / 2u; "
+        f"if ({k}[mid] < v) {{ low = mid + 1u; }} else {{ high = mid; }} }}\n"
         f"var acc = {shader.read(base, 't')};\n"
         f"for (var s = low; s < {count}u; s++) {{ if ({k}[s] != v) {{ break; }} let j = {p}[s];\n"
         f"acc = {_add('acc', shader.read(upd, f'(o * {count}u + j) * {inner}u + i'), dtype, shader)}; }}\n"
@@ -155,8 +161,10 @@ def scatter_add_along_axis(kernel: OpKernel, tables: Tables) -> list[Dispatch] |
     at = f"(o * {count}u + j) * {inner}u + i"
     body = (
         f"let t = wg * {threads}u + li; if (t >= {total}u) {{ return; }}\n"
-        f"let i = t % {inner}u; let v = (t / {inner}u) % {rows}u; let o = t / {inner * rows}u;\nvar acc = {shader.read(base, 't')};\n"
-        f"for (var j = 0u; j < {count}u; j++) {{ let x = {shader.read(idx, at)}; if ({_wrapped('x', rows, tables.dtype(idx))} == v) {{\n"
+        f"let i = t % {inner}u; let v = (t / {inner}u) % {rows}u; "
+        f"let o = t / {inner * rows}u;\nvar acc = {shader.read(base, 't')};\n"
+        f"for (var j = 0u; j < {count}u; j++) {{ let x = {shader.read(idx, at)}; "
+        f"if ({_wrapped('x', rows, tables.dtype(idx))} == v) {{\n"
         f"acc = {_add('acc', shader.read(upd, at), dtype, shader)}; }} }}\n"
         f"{names[-1]}[t] = {shader.stored('acc', dtype)};\n"
     )

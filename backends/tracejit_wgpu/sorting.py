@@ -60,20 +60,27 @@ def _local(
     swap = (
         f"let i = 2u * j * (t / j) + t % j; let l = i + j; let up = (((base + i) & k) == 0u);\n"
         f"let a = {mk}[i]; let b = {mk}[l]; let x = {mp}[{block}u + i]; let y = {mp}[{block}u + l];\n"
-        f"if (((a > b) || (a == b && x > y)) == up) {{ {mk}[i] = b; {mk}[l] = a; {mp}[{block}u + i] = y; {mp}[{block}u + l] = x; }}\n"
+        f"if (((a > b) || (a == b && x > y)) == up) {{ {mk}[i] = b; "
+        f"{mk}[l] = a; {mp}[{block}u + i] = y; {mp}[{block}u + l] = x; }}\n"
     )
     steps = (
         f"for (var j = J; j > 0u; j = j / 2u) {{ workgroupBarrier();\n"
         f"for (var t = li; t < {block // 2}u; t += {threads}u) {{ {swap} }} }}\n"
     )
     body = f"let first = wg * {block}u; let base = first % {size}u;\n"
-    body += f"for (var t = li; t < {block}u; t += {threads}u) {{ {mk}[t] = {k}[first + t]; {mp}[{block}u + t] = {p}[first + t]; }}\n"
+    body += (
+        f"for (var t = li; t < {block}u; t += {threads}u) {{ {mk}[t] = {k}[first + t]; "
+        f"{mp}[{block}u + t] = {p}[first + t]; }}\n"
+    )
     if start:
         body += f"let k = {start}u;\n" + steps.replace("J;", f"{block // 2}u;")
     else:
         body += f"for (var k = 2u; k <= {block}u; k = k * 2u) {{ {steps.replace('J;', 'k / 2u;')} }}\n"
     body += "workgroupBarrier();\n"
-    body += f"for (var t = li; t < {block}u; t += {threads}u) {{ {k}[first + t] = {mk}[t]; {p}[first + t] = {mp}[{block}u + t]; }}\n"
+    body += (
+        f"for (var t = li; t < {block}u; t += {threads}u) {{ {k}[first + t] = {mk}[t]; "
+        f"{p}[first + t] = {mp}[{block}u + t]; }}\n"
+    )
     return _main(shader, threads, blocks * size // block, body, tables, label)
 
 
@@ -195,7 +202,8 @@ def _scan(kernel: OpKernel, tables: Tables, kind: str) -> list[Dispatch]:
         value = shader.read(x, "at")
         body = (
             f"let r = wg * {threads}u + li; if (r >= {rows}u) {{ return; }}\nvar total: {compute} = {start};\n"
-            f"for (var j = 0u; j < {length}u; j++) {{ let at = ((r / {inner}u) * {length}u + ({place})) * {inner}u + r % {inner}u;\n"
+            f"for (var j = 0u; j < {length}u; "
+            f"j++) {{ let at = ((r / {inner}u) * {length}u + ({place})) * {inner}u + r % {inner}u;\n"
             f"total = {joined('total', value)}; {out_name}[at] = {shader.stored('total', dtype)}; }}\n"
         )
         return [_main(shader, threads, -(-rows // threads), body, tables, kernel.name)]
@@ -206,14 +214,18 @@ def _scan(kernel: OpKernel, tables: Tables, kind: str) -> list[Dispatch]:
     body = (
         f"let o = wg / {inner}u; let i = wg % {inner}u;\nvar carry: {compute} = {start};\n"
         f"for (var b = 0u; b < {length}u; b += {block}u) {{\n var v: array<{compute}, 4>; var sum: {compute} = {start};\n"
-        f" for (var q = 0u; q < 4u; q++) {{ let j = b + li * 4u + q; if (j < {length}u) {{ let at = (o * {length}u + ({place})) * {inner}u + i;\n"
+        f" for (var q = 0u; q < 4u; q++) {{ let j = b + li * 4u + q; "
+        f"if (j < {length}u) {{ let at = (o * {length}u + ({place})) * {inner}u + i;\n"
         f"  sum = {joined('sum', value)}; }} v[q] = sum; }}\n"
         f" {memory}[li] = sum; workgroupBarrier();\n var from_ = 0u;\n"
         f" for (var d = 1u; d < {threads}u; d = d * 2u) {{\n"
-        f"  var s = {memory}[from_ * {threads}u + li]; if (li >= d) {{ s = {joined(f'{memory}[from_ * {threads}u + li - d]', 's')}; }}\n"
+        f"  var s = {memory}[from_ * {threads}u + li]; "
+        f"if (li >= d) {{ s = {joined(f'{memory}[from_ * {threads}u + li - d]', 's')}; }}\n"
         f"  {memory}[(1u - from_) * {threads}u + li] = s; from_ = 1u - from_; workgroupBarrier(); }}\n"
-        f" var before: {compute} = carry; if (li > 0u) {{ before = {joined('carry', f'{memory}[from_ * {threads}u + li - 1u]')}; }}\n"
-        f" for (var q = 0u; q < 4u; q++) {{ let j = b + li * 4u + q; if (j < {length}u) {{ let at = (o * {length}u + ({place})) * {inner}u + i;\n"
+        f" var before: {compute} = carry; "
+        f"if (li > 0u) {{ before = {joined('carry', f'{memory}[from_ * {threads}u + li - 1u]')}; }}\n"
+        f" for (var q = 0u; q < 4u; q++) {{ let j = b + li * 4u + q; "
+        f"if (j < {length}u) {{ let at = (o * {length}u + ({place})) * {inner}u + i;\n"
         f"  {out_name}[at] = {shader.stored(joined('before', 'v[q]'), dtype)}; }} }}\n"
         f" carry = {joined('carry', f'{memory}[from_ * {threads}u + {threads - 1}u]')}; workgroupBarrier();\n}}\n"
     )

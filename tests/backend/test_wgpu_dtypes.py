@@ -137,11 +137,13 @@ def test_float16_rounds_after_every_operation(limits: str, monkeypatch: pytest.M
 # -- special values --------------------------------------------------------------------------------------------------
 
 UNARY = {
-    "neg": np.negative, "abs": np.abs, "sign": np.sign, "floor": np.floor, "ceil": np.ceil, "trunc": np.trunc, "rint": np.rint,
+    "neg": np.negative, "abs": np.abs, "sign": np.sign, "floor": np.floor, "ceil": np.ceil,
+    "trunc": np.trunc, "rint": np.rint,
     "sqrt": np.sqrt, "isnan": np.isnan, "isinf": np.isinf, "isfinite": np.isfinite, "x*0": lambda x: x * 0,
     "x/0": lambda x: x / 0, "0/x": lambda x: 0 / x, "1/x": lambda x: 1 / x, "x-x": lambda x: x - x, "x/x": lambda x: x / x,
     "x*-0": lambda x: x * np.float32(-0.0), "x*inf": lambda x: x * np.float32(INF), "x+inf": lambda x: x + np.float32(INF),
-    "x*1": lambda x: x * 1, "x==x": lambda x: x == x, "x!=x": lambda x: x != x, "x>0": lambda x: x > 0, "bool": lambda x: x.astype(bool),
+    "x*1": lambda x: x * 1, "x==x": lambda x: x == x, "x!=x": lambda x: x != x, "x>0": lambda x: x > 0,
+    "bool": lambda x: x.astype(bool),
     "where": lambda x: np.where(x > 0, x, -x), "clip": lambda x: np.clip(x, -1, 1), "maximum": lambda x: np.maximum(x, 0.5),
     "minimum": lambda x: np.minimum(x, np.float32(NAN)),
 }  # fmt: skip
@@ -185,7 +187,8 @@ def test_reductions_carry_nan_like_numpy(size: int) -> None:
     x[1, 0] = -INF
     forms = (
         lambda v: v.max(1), lambda v: v.min(1), lambda v: v.argmax(1), lambda v: v.argmin(1), lambda v: v.sum(1)[:2],
-        lambda v: np.any(np.isnan(v), axis=1), lambda v: np.sort(v, 1), lambda v: np.argsort(v, 1, kind="stable"), lambda v: v.max(),
+        lambda v: np.any(np.isnan(v), axis=1), lambda v: np.sort(v, 1), lambda v: np.argsort(v, 1, kind="stable"),
+        lambda v: v.max(),
     )  # fmt: skip
     with np.errstate(all="ignore"):
         for f in forms:
