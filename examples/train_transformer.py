@@ -49,7 +49,7 @@ class Config:
 
 SIZES = {
     "small": Config(layers=2, d_model=96, heads=4, context=64, batch=8, steps=300, peak_rate=4e-3),
-    "base": Config(layers=4, d_model=128, heads=4, context=128, batch=12, steps=500, peak_rate=3e-3),
+    "base": Config(layers=4, d_model=128, heads=4, context=128, batch=12, steps=400, peak_rate=3e-3),
 }
 
 
@@ -238,7 +238,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--size", choices=SIZES, help="of the model (default: small on the numpy device, base elsewhere)"
     )
-    parser.add_argument("--steps", type=int, help="default: 300 for small, 500 for base")
+    parser.add_argument("--steps", type=int, help="default: 300 for small, 400 for base")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
         "--out", type=Path, default=Path("transformer.safetensors"), help="where the weights go"
