@@ -2,9 +2,10 @@
 ``jax.random``.
 
 Counter-based (Threefry-2x32-20, op ``random_bits``): a number depends only on the key and on its position, so
-results are the same traced or not, on every backend, in any order of execution. Bits, integers and
-``uniform`` on [0, 1) agree bit for bit between backends; ``normal`` and the others to the rounding of ``log``
-and ``sqrt``. A key is an array of two uint32 words and is meant to be used once: ``split`` it for more.
+results are the same traced or not, on every backend, in any order of execution. Bits, integers, ``uniform`` on
+[0, 1) and ``normal`` agree bit for bit between backends (``normal`` where the device rounds products, sums and
+roots as IEEE 754 says; a GPU's driver may fuse them), the others to the rounding of ``log``. A key is an array of
+two uint32 words and is meant to be used once: ``split`` it for more.
 """
 
 from __future__ import annotations
@@ -299,11 +300,45 @@ _GILES_TAIL = (
 def _normal_quantile32(q: Any) -> Any:
     """The standard normal quantile of q + 1/2 to about 1e-6: √2 · erfinv(2q)."""
     x = ew.add(q, q)
-    w = ew.neg(op("log")(ew.mul(ew.sub(_const(1.0, x), x), ew.add(_const(1.0, x), x))))
+    w = _minus_log(ew.mul(ew.sub(_const(1.0, x), x), ew.add(_const(1.0, x), x)))
     centre = _polynomial(ew.sub(w, _const(2.5, w)), _GILES_CENTRE)
     tail = _polynomial(ew.sub(op("sqrt")(w), _const(3.0, w)), _GILES_TAIL)
     scaled = ew.mul(x, _const(math.sqrt(2.0), x))
     return ew.mul(scaled, ew.where(ew.less(w, _const(5.0, w)), centre, tail))
+
+
+#: log(1 + t) = t - t²/2 + t³ P(t)/Q(t) for 1 + t between √½ and √2: Cephes, logf.c and log.c (Moshier 1989).
+_LOG32 = (
+    7.0376836292e-2, -1.1514610310e-1, 1.1676998740e-1, -1.2420140846e-1, 1.4249322787e-1, -1.6668057665e-1,
+    2.0000714765e-1, -2.4999993993e-1, 3.3333331174e-1,
+)  # fmt: skip
+_LOG64 = (
+    (1.01875663804580931796e-4, 4.97494994976747001425e-1, 4.70579119878881725854, 1.44989225341610930846e1,
+     1.79368678507819816313e1, 7.70838733755885391666),
+    (1.0, 1.12873587189167450590e1, 4.52279145837532221105e1, 8.29875266912776603211e1, 7.11544750618563894466e1,
+     2.31251620126765340583e1),
+)  # fmt: skip
+
+
+def _minus_log(u: Any) -> Any:
+    """-log(u) for u in [2**-63, 1], from operations that round alike everywhere, which libraries' logarithms do not."""
+    exponent = _const(0.0, u)
+    for s in (32, 16, 8, 4, 2, 1):
+        small = ew.less(u, _const(2.0**-s, u))
+        u = ew.where(small, ew.mul(u, _const(2.0**s, u)), u)
+        exponent = ew.where(small, ew.add(exponent, _const(float(s), u)), exponent)
+    small = ew.less(u, _const(math.sqrt(0.5), u))
+    t = ew.sub(ew.where(small, ew.add(u, u), u), _const(1.0, u))
+    exponent = ew.where(small, ew.add(exponent, _const(1.0, u)), exponent)
+    square = ew.mul(t, t)
+    if u.dtype == FLOAT64:
+        series = ew.div(_polynomial(t, _LOG64[0]), _polynomial(t, _LOG64[1]))
+    else:
+        series = _polynomial(t, _LOG32)
+    rest = ew.sub(ew.mul(ew.mul(t, square), series), ew.mul(square, _const(0.5, u)))
+    # log 2 in two parts, so that the first product is exact.
+    low = ew.sub(ew.mul(exponent, _const(-2.121944400546905827679e-4, u)), rest)
+    return ew.add(ew.mul(exponent, _const(0.693359375, u)), ew.sub(low, t))
 
 
 _AS241 = (
@@ -340,7 +375,7 @@ def _normal_quantile64(q: Any) -> Any:
 
     size = op("abs")(q)
     centre = ew.mul(q, ratio(ew.sub(_const(0.180625, q), ew.mul(q, q)), 0))
-    r = op("sqrt")(ew.neg(op("log")(ew.sub(_const(0.5, q), size))))
+    r = op("sqrt")(_minus_log(ew.sub(_const(0.5, q), size)))
     near, far = ratio(ew.sub(r, _const(1.6, r)), 1), ratio(ew.sub(r, _const(5.0, r)), 2)
     tail = ew.mul(op("sign")(q), ew.where(ew.less_equal(r, _const(5.0, r)), near, far))
     return ew.where(ew.less_equal(size, _const(0.425, q)), centre, tail)

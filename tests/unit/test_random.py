@@ -84,10 +84,11 @@ WIDE = (
 
 
 def _compare_on(device: str, name: str) -> None:
-    """Integers and plain uniforms bit for bit, the others to the rounding of logarithms."""
+    """Integers, plain uniforms and normals bit for bit, the others to the rounding of logarithms."""
     expected = np.asarray(CALLS[name](KEY))
     actual = np.asarray(tj.trace(CALLS[name])(KEY, device=device))
-    if expected.dtype.kind != "f" or name == "uniform":
+    exact = name.startswith("normal") and "16" not in name and device in ("numpy", "cpu")
+    if expected.dtype.kind != "f" or name == "uniform" or exact:
         np.testing.assert_array_equal(actual, expected)
     else:
         tolerance = 4e-3 if "16" in name else 1e-13 if "64" in name else 4e-6
@@ -275,3 +276,18 @@ def test_every_bit_is_fair() -> None:
 def test_mistakes_are_explained(call: Callable[[], Any], error: type[Exception], words: str) -> None:
     with pytest.raises(error, match=words):
         call()
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_many_normal_numbers_are_bit_for_bit_the_same_on_processors(dtype: Any) -> None:
+    draw = tj.trace(lambda key: random.normal(key, (20_000,), dtype))
+    reference, native = draw(KEY, device="numpy"), draw(KEY, device="cpu")
+    np.testing.assert_array_equal(reference, native)
+    np.testing.assert_array_equal(reference, random.normal(KEY, (20_000,), dtype))
+
+
+def test_the_logarithm_of_normal_numbers_is_one() -> None:
+    u = np.concatenate([2.0 ** -np.arange(0.0, 60.0), np.linspace(1e-9, 1.0, 10_001)])
+    np.testing.assert_allclose(random._minus_log(u), -np.log(u), rtol=2e-15, atol=1e-16)
+    narrow = u[u > 2.0**-60].astype(np.float32)
+    np.testing.assert_allclose(random._minus_log(narrow), -np.log(narrow), rtol=4e-7, atol=1e-7)
