@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from math import prod
 
-
 from tracejit.program import LoopBody
 from tracejit_wgpu import wgsl
 from tracejit_wgpu.emit import Emitter, Shader, decompose

@@ -16,9 +16,10 @@ import numpy as np
 from tracejit.program import ContractKernel, Program
 from tracejit_wgpu import fastpath, tuning
 from tracejit_wgpu.compiler import storage_bytes
-from tracejit_wgpu.contract import Problem, tile_dispatches, tile_groups, tile_key
+from tracejit_wgpu.contract import tile_dispatches, tile_groups, tile_key
 from tracejit_wgpu.emit import Tables
 from tracejit_wgpu.observe import timed_runs
+from tracejit_wgpu.problem import Problem
 from tracejit_wgpu.wgsl import storage_dtype
 
 Key = tuple[int, int, int, int, str]

@@ -171,7 +171,15 @@ def test_a_broken_tile_cache_is_ignored(text: str, fresh_tiles: Path) -> None:
     assert not tuning.known(runtime.get("").target, 64, 64, 64, 1, "NN")
 
 
-@pytest.mark.parametrize("key", [(4096, 768, 3072, 1, "NT"), (2048, 2048, 2048, 1, "NN"), (256, 256, 1024, 4, "TN"), (12, 3000, 64, 1, "NN")])  # fmt: skip
+@pytest.mark.parametrize(
+    "key",
+    [
+        (4096, 768, 3072, 1, "NT"),
+        (2048, 2048, 2048, 1, "NN"),
+        (256, 256, 1024, 4, "TN"),
+        (12, 3000, 64, 1, "NN"),
+    ],
+)
 def test_rules_give_tiles_that_any_device_can_run(key: tuple[int, int, int, int, str]) -> None:
     tile = tuning.rule(*key)
     assert tuning._valid(tile) and tile.memory <= 16384

@@ -187,7 +187,8 @@ def profile(
     for step, us in zip(steps, median):
         k = kernels[step.kernel]
         rows.append({
-            "kernel": k.id, "name": k.name, "label": step.dispatch.label, "grid": step.dispatch.grid, "us": round(float(us), 2),
+            "kernel": k.id, "name": k.name, "label": step.dispatch.label, "grid": step.dispatch.grid,
+            "us": round(float(us), 2),
             "flops": k.flops if k.id != last else 0, "bytes": k.bytes if k.id != last else 0,
         })  # fmt: skip
         last = k.id
@@ -408,7 +409,8 @@ def describe(device: str) -> dict[str, str]:
     out = {
         "adapter": rt.adapter.name, "driver": rt.adapter.description, "api": rt.adapter.backend,
         "subgroup": str(rt.target.subgroup), "workgroup memory": str(rt.target.workgroup_memory),
-        "buffers": str(rt.target.buffers), "python": platform.python_version(), "numpy": np.__version__, **gpu_torch.describe(),
+        "buffers": str(rt.target.buffers), "python": platform.python_version(), "numpy": np.__version__,
+        **gpu_torch.describe(),
     }  # fmt: skip
     return {k: str(v) for k, v in out.items()}
 
