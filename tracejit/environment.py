@@ -15,6 +15,7 @@ import sys
 import types
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from operator import is_
 from typing import Any
 
 import numpy as np
@@ -48,9 +49,9 @@ class Environment:
     ) -> None:
         self._slots = slots = list(slots)
         self._fixed = list(fixed)
-        found = [(c, n, *trees.flatten(v)) for c, n, v in slots if _is_tree(v)]
+        found = [(c, n, *trees.flatten(v), _shadow(v)) for c, n, v in slots if _is_tree(v)]
         self._trees = [t for t in found if len(t[2]) <= _MAX_LEAVES]
-        watched = {(id(c), n) for c, n, _, _ in self._trees}
+        watched = {(id(c), n) for c, n, *_ in self._trees}
         # Of larger ones only the identity is compared.
         plain = [s for s in slots if (id(s[0]), s[1]) not in watched]
         self._names = [(c.get, n, v) for c, n, v in plain if not isinstance(c, types.CellType)]
@@ -74,8 +75,10 @@ class Environment:
         return not (self._trees or self._sets or self._arrays) or self._contents_unchanged()
 
     def _contents_unchanged(self) -> bool:
-        for container, name, leaves, tree in self._trees:
+        for container, name, leaves, tree, shadow in self._trees:
             now = _read(container, name)
+            if shadow is not None and _identical(now, shadow):
+                continue
             if now is _MISSING or not _is_tree(now):
                 return False
             new_leaves, new_tree = trees.flatten(now)
@@ -412,6 +415,41 @@ def _is_object(value: Any) -> bool:
 
 def _is_array(value: Any) -> bool:
     return isinstance(value, np.ndarray) or hasattr(type(value), "__tracejit_array__")
+
+
+#: A container as it was: its type, keys (None for sequences), items, and the shadows of items that are containers.
+_Shadow = tuple[type, Any, tuple[Any, ...], tuple[tuple[Any, "_Shadow"], ...]]
+
+
+def _shadow(value: Any) -> _Shadow | None:
+    """None if something in the container is a tree of another kind, whose fields may change."""
+    keys, items = (tuple(value), tuple(value.values())) if isinstance(value, dict) else (None, tuple(value))
+    inner = []
+    for item in items:
+        if isinstance(item, dict | list | tuple | deque):
+            below = _shadow(item)
+            if below is None:
+                return None
+            inner.append((item, below))
+        elif item is not None and trees.is_node(item):
+            return None
+    return type(value), keys, items, tuple(inner)
+
+
+def _identical(now: Any, shadow: _Shadow) -> bool:
+    """True if a container has the very items it had, at every depth: the cheap check that nearly always suffices."""
+    kind, keys, items, inner = shadow
+    if type(now) is not kind:
+        return False
+    container: Any = now
+    if len(container) != len(items):
+        return False
+    if keys is None:
+        if not all(map(is_, container, items)):
+            return False
+    elif not all(map(is_, container.values(), items)) or tuple(container) != keys:
+        return False
+    return all(_identical(item, below) for item, below in inner)
 
 
 def _same(now: Any, before: Any) -> bool:

@@ -366,3 +366,26 @@ def test_a_plain_python_model_trains_without_a_retrace() -> None:
         for layer in (net.first, net.last, *net.middle):
             layer.w, layer.b = layer.w * 0.9, layer.b + 1
     assert f.cache_info().misses == 1
+
+
+def test_changes_deep_inside_containers_take_effect() -> None:
+    settings = {"a": [1.0, {"b": (2.0, [3.0])}], "module": [nn.LayerNorm(3, dtype=np.float64)], "none": None}
+    f = tj.trace(lambda x: settings["module"][0](x) * settings["a"][1]["b"][1][0] + settings["a"][0])  # type: ignore[index]
+
+    def plain(x: Any) -> Any:
+        return settings["module"][0](x) * settings["a"][1]["b"][1][0] + settings["a"][0]  # type: ignore[index]
+
+    changes: list[Callable[[], Any]] = [
+        lambda: None,
+        lambda: settings["a"][1]["b"][1].__setitem__(0, 5.0),  # type: ignore[index]
+        lambda: settings["a"].__setitem__(0, 4),  # type: ignore[index]
+        lambda: settings["a"].__setitem__(0, 4.0),  # type: ignore[index]
+        lambda: settings["module"].__setitem__(0, nn.LayerNorm(3, eps=1.0, dtype=np.float64)),  # type: ignore[index]
+        lambda: settings["module"][0].weight.__setitem__(0, 9.0),  # type: ignore[index]
+        lambda: settings.update(a=[0.5, {"b": (2.0, [7.0])}]),
+    ]
+    for change in changes:
+        change()
+        for _ in range(2):
+            np.testing.assert_allclose(f(X), plain(X), rtol=1e-12)
+            assert f(X).dtype == np.float64
