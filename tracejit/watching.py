@@ -17,11 +17,17 @@ from tracejit import events
 from tracejit.errors import TraceError
 from tracejit.graph import Graph
 
+_viewer: Any = None  # once found
+
 
 def viewer() -> Any:
     """The installed viewer object; TraceError if there is none."""
+    global _viewer
+    if _viewer is not None:
+        return _viewer
     for entry in importlib.metadata.entry_points(group="tracejit.viewers"):
-        return entry.load()
+        _viewer = entry.load()
+        return _viewer
     raise TraceError.make(
         "no viewer is installed", op="watch", hint="reinstall tracejit: pip install tracejit"
     )

@@ -215,6 +215,7 @@ def test_graphs_show_themselves_in_notebooks(monkeypatch):
     assert pygame.image.load(io.BytesIO(graph._repr_png_())).get_size() == (1280, 720)
     page = graph._repr_html_()
     assert "data:image/png;base64," in page and f"{len(graph)} nodes" in page
+    monkeypatch.setattr("tracejit.watching._viewer", None)
     monkeypatch.setattr("importlib.metadata.entry_points", lambda **kwargs: ())
     assert graph._repr_png_() is None and graph._repr_html_() is None  # no viewer: the text is shown
 
@@ -258,6 +259,38 @@ def test_watch_argument(meeting, monkeypatch):
     assert len(hub.trainers) == 1 and session.name == "watched"
     viewer._observer.close()
     hub.close()
+
+
+def test_watched_calls_take_the_fast_path():
+    """A program that is only ever watched is recognised by its generated reader, not by flattening its arguments."""
+    from tracejit import events
+
+    class Silent:
+        steps = 0
+
+        def on_compile(self, event):
+            pass
+
+        def on_step(self, event):
+            self.steps += 1
+            assert not len(event.kernels) and event.finish >= event.begin
+
+        def wanted(self, program):
+            return ()
+
+        def timed(self, program):
+            return False
+
+    @tj.trace
+    def f(x):
+        return (x + 1).sum()
+
+    silent, x = Silent(), np.ones(3, np.float32)
+    with events.observe(silent):
+        for _ in range(6):
+            assert float(f(x)) == 6
+    assert silent.steps == 6 and f._plans
+    assert f.cache_info().hits == 5 and f.cache_info().misses == 1
 
 
 def test_watching_changes_no_result(tmp_path):
