@@ -264,7 +264,8 @@ class _Attention:
         )
         for i, n in enumerate(names):
             out += f" {n} = {memory}[(ty * 4u + {i}u) * {self.tx}u];\n"
-            out += f" for (var s = 1u; s < {self.tx}u; s++) {{ {n} = {join(n, f'{memory}[(ty * 4u + {i}u) * {self.tx}u + s]')}; }}\n"
+            joined = join(n, f"{memory}[(ty * 4u + {i}u) * {self.tx}u + s]")
+            out += f" for (var s = 1u; s < {self.tx}u; s++) {{ {n} = {joined}; }}\n"
         return out
 
     def mask(self, name: str, q0: str, k0: str, batch: list[str], rows_too: bool) -> str:
@@ -351,7 +352,8 @@ class _Attention:
         guard = f" if (wg >= {groups}u) {{ return; }}\n" if grid[0] * grid[1] != groups else ""
         main = (
             f"@compute @workgroup_size({self.threads}) fn main(@builtin(workgroup_id) wid: vec3<u32>, "
-            f"@builtin(local_invocation_index) li: u32) {{\n let wg = {number};\n{guard} let block = wg % {blocks}u; let bz = wg / {blocks}u;\n{text}}}\n"
+            f"@builtin(local_invocation_index) li: u32) {{\n let wg = {number};\n{guard}"
+            f" let block = wg % {blocks}u; let bz = wg / {blocks}u;\n{text}}}\n"
         )
         return self.shader.dispatch(main, grid, f"{self.k.name}{label} {self.bt}x{self.bt}")
 
@@ -415,7 +417,8 @@ class _Attention:
         out = ""
         for i in range(4):
             row = f"{base} + min(q0 + ty * 4u + {i}u, {k.tq - 1}u)"
-            out += f" let L{i} = {self.shader.read(delta, f'{rows}u + {row}')};\n let D{i} = {self.shader.read(delta, row)};\n"
+            out += f" let L{i} = {self.shader.read(delta, f'{rows}u + {row}')};\n"
+            out += f" let D{i} = {self.shader.read(delta, row)};\n"
         return out
 
     def _bind_backward(self, delta: int) -> None:

@@ -69,7 +69,7 @@ def tile_kernel(
     tail = k % bk != 0 or (tile.split > 1 and k % span != 0)
     loads, stores, steps, sums = [], [], "", ""
     for x, access in ((la, p.a), (lb, p.b)):
-        if not tail and bk <= 8 and walks(x, tile, threads):
+        if not tail and (bk <= 8 or len(problems) > 1) and walks(x, tile, threads):
             step, code, load, store = walk(
                 shader, x, p.part(access, "batch"), batch_index, tile, base[x.name], memory[x.name], threads
             )

@@ -71,7 +71,7 @@ def known(target: Target, m: int, n: int, k: int, count: int, layout: str) -> bo
 
 
 def rule(m: int, n: int, k: int, count: int, layout: str) -> Tile:
-    """The default: see MEASURED in the README of the backend for where the limits come from."""
+    """The default where nothing was tuned: limits between tiles as measured on an H100 (``tests/benchmarks/gpu.py``)."""
     results = m * n * count
     if min(m, n) <= 16:
         bk = 32 if k >= 64 else 16

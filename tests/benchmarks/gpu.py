@@ -2,7 +2,7 @@
 
 Measures train steps (a small GPT and a GPT-2-like one), matrix products in every layout and bandwidth-bound functions,
 float32, with parameters and optimiser state resident on the device and nothing read back per step. Rounds of both sides
-are interleaved; a GPU that was idle runs at low clocks, so every burst starts with gap-free work (``ramp``). Writes
+are interleaved; a GPU that was idle runs at low clocks, so every burst starts with 150 ms of gap-free work. Writes
 ``gpu.txt`` and ``gpu.json`` (with a breakdown by kernel) to DIR. Without torch or CUDA only tracejit's side is measured.
 """
 
