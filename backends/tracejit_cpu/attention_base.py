@@ -13,8 +13,8 @@ import numpy as np
 from tracejit.program import Access, AttentionKernel
 from tracejit_cpu import mathlib
 from tracejit_cpu.irbuilder import Fn, Module, const, iota, mask_first, memory_type, value_type, vec
-from tracejit_cpu.stages import Compiled, Stage
 from tracejit_cpu.micro import Tile, micro_kernel, pack, tile_for
+from tracejit_cpu.stages import Compiled, Stage
 
 DtypeOf = Callable[[int], np.dtype]
 

@@ -18,6 +18,27 @@ from tracejit_cpu.irbuilder import Fn, const, iota, memory_type, type_bytes, val
 from tracejit_cpu.signs import nonpositive
 
 ARG = ("argmax", "argmin")
+# operations whose results are float16 numbers if their operands are
+_EXACT_IN_FLOAT16 = frozenset(
+    [
+        "load",
+        "const",
+        "identity",
+        "stop_gradient",
+        "convert",
+        "neg",
+        "abs",
+        "sign",
+        "copysign",
+        "maximum",
+        "minimum",
+        "where",
+        "floor",
+        "ceil",
+        "rint",
+        "trunc",
+    ]
+)
 
 
 @dataclass
@@ -207,7 +228,14 @@ class Emitter:
         return name
 
     def put(self, i: int, u: int, name: str) -> None:
-        """Record the value of ``i``."""
+        """Record the value of ``i``.
+
+        float16 is computed in float32 but rounded after every operation, as NumPy does: the same value may be kept in
+        memory by one kernel and computed again by another, and must compare equal.
+        """
+        ins = self.local.instrs[i]
+        if ins.dtype.name == "float16" and ins.op not in _EXACT_IN_FLOAT16:
+            name = mathlib.round_to_half(self.fn, name, self.lanes if self.is_vector(i) else 1)
         if self.vaxis in self.local.instrs[i].axes:
             self.copies[u][i] = name
         else:

@@ -18,8 +18,8 @@ from tracejit.program import Access, Instr, LoopBody
 from tracejit_cpu.body import Local, body_cost, localize
 from tracejit_cpu.epilogue import Epilogue
 from tracejit_cpu.irbuilder import Fn, Module, const, memory_type, vec
-from tracejit_cpu.stages import Compiled, Stage
 from tracejit_cpu.micro import Tile, micro_kernel, pack, tile_for
+from tracejit_cpu.stages import Compiled, Stage
 
 COLUMN_BYTES = 192 << 10  # unfolded block of one task
 PARTIALS = 16

@@ -25,8 +25,8 @@ from tracejit_cpu.gemm_problem import (
     wants_swap,
 )
 from tracejit_cpu.irbuilder import Fn, Module, memory_type, value_type
-from tracejit_cpu.stages import Compiled, Stage
 from tracejit_cpu.micro import Tile, micro_kernel, pack, pack_table, tile_for
+from tracejit_cpu.stages import Compiled, Stage
 
 KC_MAX = 1024
 SMALL_B = 64 << 10  # bytes of an operand that is read in place

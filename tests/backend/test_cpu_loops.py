@@ -308,3 +308,15 @@ def test_reductions_in_sequence_of_what_does_not_vary_along_them(domain, reduce_
         [n for a, n in enumerate(domain) if a not in reduce_axes], math.prod(domain[a] for a in reduce_axes)
     )
     np.testing.assert_allclose(CpuExecutable(b.program())([])[0].reshape(want.shape), want, rtol=1e-5)
+
+
+def test_float16_is_rounded_after_every_operation():
+    """A value computed again equals the one that another kernel stored: NumPy's float16, not a wider one."""
+    x = np.linspace(-3, 3, 257).astype(np.float16)
+    b = Body(x.shape)
+    v, stored = b.load("float16"), b.load("float16")
+    b.store(b.op("equal", b.op("exp", v), stored, dtype=BOOL))
+    b.store(b.op("sub", b.op("add", b.op("mul", v, v), v), v))
+    same, out = CpuExecutable(b.program())([x, np.exp(x)])
+    assert same.all()
+    np.testing.assert_array_equal(out, x * x + x - x)
