@@ -210,8 +210,10 @@ class TopBar:
                 ("steps/s", f"{s.rate:,.0f}".replace(",", " ") if s.rate >= 100 else f"{s.rate:.3g}", 14)
             )
         widths = [max(84.0, self.fonts.width(value, px, MONO, BOLD) + 26.0) for _, value, px in entries]
-        while entries and w - 6 - sum(widths) < left + 190:  # the least important goes first
-            entries.pop()
+        live = 66 if ui.live and not s.ended else 0
+        curve = 130 if len(s.loss) > 2 else 0  # worth more than the step rate
+        while entries and w - 6 - sum(widths) - live - (curve if len(entries) > 3 else 0) < left + 190:
+            entries.pop()  # the least important goes first
             widths.pop()
         x = float(w) - 6
         for (title, value, px), width in zip(reversed(entries), reversed(widths)):
