@@ -254,6 +254,7 @@ class TracedFunction:
             raise TracingError.make(
                 f"{self._name} calls itself without end while being traced",
                 hint="recursion must stop on a Python value (a depth counter), not on an array's; or use tj.while_loop",
+                where=source.location(),  # without a scope of a hundred names
             )
         counts[id(self)] = depth + 1
         try:
