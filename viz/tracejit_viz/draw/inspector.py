@@ -38,6 +38,8 @@ from .theme import (
 
 Zone = tuple[pygame.Rect, Action]
 EDGE = 20
+REFRESH = 0.7  # seconds between looks at the numbers of a running program
+TALLEST = 2400
 
 
 class _Flow:
@@ -111,7 +113,9 @@ class Inspector:
         self._key: object = None
         self._picture: pygame.Surface | None = None
         self._made: list[Zone] = []
-        self._next = 0.0
+        self._live: object = None
+        self._painted = 0.0
+        self._tall = 700  # of the picture: as much as the content needed last
         self.content_height = 0
 
     def draw(
@@ -145,10 +149,10 @@ class Inspector:
         live = (s.revision if s else 0, id(ui.step))
         if (
             key != self._key
-            or (live != getattr(self, "_live", None) and clock >= self._next)
+            or (live != self._live and not 0 <= clock - self._painted < REFRESH)
             or self._picture is None
         ):
-            self._key, self._live, self._next = key, live, clock + 0.25
+            self._key, self._live, self._painted = key, live, clock
             self._picture = self._paint(rect[2], ui, scene, values)
         room = pygame.Rect(rect[0], rect[1], rect[2], max(10, rect[3] - map_height))
         ui.scroll = max(0, min(ui.scroll, self.content_height - room.h + 10))
@@ -165,7 +169,7 @@ class Inspector:
                 self.zones.append((moved, action))
 
     def _paint(self, w: int, ui: UiState, scene: Scene | None, values: NodeValues | None) -> pygame.Surface:
-        c = Canvas(w, 1700, self.fonts, background=PANEL)
+        c = Canvas(w, self._tall, self.fonts, background=PANEL)
         f = _Flow(c, self.fonts, w)
         if scene is None or ui.session is None:
             f.y = 30
@@ -178,6 +182,10 @@ class Inspector:
             self._item(f, ui, scene, describe_item(scene, ui.selected, ui.step), values)
         self._made = f.zones
         self.content_height = int(f.y + 24)
+        if self.content_height > self._tall:
+            self._tall = min(TALLEST, self.content_height + 40)
+            if self.content_height <= TALLEST:
+                return self._paint(w, ui, scene, values)
         return c.finish()
 
     # -- nothing selected --------------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ from .text import BOLD, MEDIUM, MONO, REGULAR, SEMIBOLD, UI, Fonts
 from .theme import ACCENT, CARD, CATEGORY, FAINT, GOOD, LINE, MUTED, PANEL, TEXT, WARM, mix
 
 Zone = tuple[pygame.Rect, Action]
+REFRESH = 0.25  # seconds between looks at the numbers of a running program
 
 
 class TopBar:
@@ -23,6 +24,8 @@ class TopBar:
         self.fonts = fonts
         self.zones: list[Zone] = []
         self._key: object = None
+        self._news = -1
+        self._painted = 0.0
         self._picture: pygame.Surface | None = None
         self.slider = pygame.Rect(0, 0, 0, 0)
 
@@ -37,7 +40,6 @@ class TopBar:
         key = (
             rect,
             id(s),
-            s.revision if s else 0,
             ui.show,
             ui.playing,
             ui.speed,
@@ -52,8 +54,10 @@ class TopBar:
             ui.programs,
             ui.steps_total,
         )
-        if key != self._key or self._picture is None:
-            self._key = key
+        news = s.revision if s else 0
+        late = news != self._news and not 0 <= clock - self._painted < REFRESH
+        if key != self._key or late or self._picture is None:
+            self._key, self._news, self._painted = key, news, clock
             self._picture = self._paint(rect, ui, clock)
         screen.blit(self._picture, rect[:2])
 
