@@ -321,7 +321,7 @@ class Emitter:
             if special is not None:
                 name, place, sign = special
                 return f"{use(name)}({args[place]}{', ' + sign if sign else ''})"
-        return wgsl.expression(instr.op, args, source, instr.dtype, use, self.shader.target.f16)
+        return wgsl.expression(instr.op, args, source, instr.dtype, use)
 
     def _random(self, instr: Instr, lane: int) -> str:
         strides = instr.attrs["strides"]

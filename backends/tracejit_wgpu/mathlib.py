@@ -19,8 +19,17 @@ _add("isinf_", "fn isinf_(x: f32) -> bool { return (bitcast<u32>(x) & 0x7fffffff
 _add("isfinite_", "fn isfinite_(x: f32) -> bool { return (bitcast<u32>(x) & 0x7f800000u) != 0x7f800000u; }")
 _add("nanf", "fn nanf() -> f32 { return bitcast<f32>(nan_bits); }")
 _add("inff", "fn inff() -> f32 { return bitcast<f32>(inf_bits); }")
-_add("nmax", "fn nmax(a: f32, b: f32) -> f32 { return select(b, a, a >= b || isnan_(a)); }", "isnan_")
-_add("nmin", "fn nmin(a: f32, b: f32) -> f32 { return select(b, a, a <= b || isnan_(a)); }", "isnan_")
+# A driver may take a >= b for !(a < b): both operands are tested on bits.
+_add(
+    "nmax",
+    "fn nmax(a: f32, b: f32) -> f32 { return select(select(max(a, b), b, isnan_(b)), a, isnan_(a)); }",
+    "isnan_",
+)
+_add(
+    "nmin",
+    "fn nmin(a: f32, b: f32) -> f32 { return select(select(min(a, b), b, isnan_(b)), a, isnan_(a)); }",
+    "isnan_",
+)
 _add("sign_", "fn sign_(x: f32) -> f32 { return select(sign(x), x, isnan_(x)); }", "isnan_")
 _add(
     "copysign_",
@@ -28,7 +37,12 @@ _add(
     " return bitcast<f32>((bitcast<u32>(x) & 0x7fffffffu) | (bitcast<u32>(s) & 0x80000000u)); }",
 )
 _add("f2u", "fn f2u(x: f32) -> u32 { return select(u32(x), bitcast<u32>(i32(x)), x < 0.0f); }")
-# Drivers fold x * 0, x / 0, 0 / x and x - x of a literal zero or one value as if there were no NaN and infinity.
+# Drivers fold x * 0, x / 0, 0 / x, x - x and x / x of a literal zero or one value as if there were no NaN and infinity.
+_add(
+    "self_div_",
+    "fn self_div_(x: f32) -> f32 { let a = bitcast<u32>(x) & 0x7fffffffu;"
+    " return bitcast<f32>(select(0x3f800000u, 0x7fc00000u, a == 0u || a >= 0x7f800000u)); }",
+)
 _add(
     "mul0_",
     "fn mul0_(x: f32, z: u32) -> f32 { let b = bitcast<u32>(x);"
@@ -49,11 +63,10 @@ _add(
     "fn self_sub_(x: f32) -> f32 {"
     " return bitcast<f32>(select(0u, 0x7fc00000u, (bitcast<u32>(x) & 0x7f800000u) == 0x7f800000u)); }",
 )
-_add("round16_hw", "fn round16_(x: f32) -> f32 { return f32(f16(x)); }")
 _add(
     "round16",
     """
-fn round16_(x: f32) -> f32 { // to nearest even, on bits: drivers fold (x + big) - big
+fn round16_(x: f32) -> f32 { // to nearest even, on bits: drivers fold (x + big) - big and f32(f16(x))
  let b = bitcast<u32>(x); let a = b & 0x7fffffffu; let s = b & 0x80000000u;
  if (a >= 0x477ff000u) { return bitcast<f32>(select(s | 0x7f800000u, b, a > 0x7f800000u)); } // 65520 and more: infinity
  if (a < 0x38800000u) { // subnormal: multiples of 2^-24
@@ -468,26 +481,28 @@ fn floordiv_(a: f32, b: f32) -> f32 {
 }""",
     "mod_",
 )
+# Vulkan leaves the remainder of negative operands undefined (NVIDIA's is another), so signed division works on magnitudes.
+_PARTS = (
+    " let x = bitcast<u32>(abs(a)); let d = select(bitcast<u32>(abs(b)), 1u, b == 0i); let q = x / d; let r = x - q * d;"
+    " let apart = (a < 0i) != (b < 0i);"
+)
+for _name, _size, _negative in (
+    ("floordiv_i", "q + select(0u, 1u, apart && r != 0u)", "apart"),
+    ("mod_i", "select(r, d - r, apart && r != 0u)", "b < 0i"),
+    ("fmod_i", "r", "a < 0i"),
+):
+    _add(
+        _name,
+        f"fn {_name}(a: i32, b: i32) -> i32 {{{_PARTS} let m = {_size};"
+        f" return select(bitcast<i32>(select(m, 0u - m, {_negative})), 0i, b == 0i); }}",
+    )
+for _name, _size in (("floordiv_u", "a / d"), ("mod_u", "a % d"), ("fmod_u", "a % d")):
+    _add(
+        _name,
+        f"fn {_name}(a: u32, b: u32) -> u32 {{ let d = select(b, 1u, b == 0u); return select({_size}, 0u, b == 0u); }}",
+    )
 for _t, _w, _z in (("i", "i32", "0i"), ("u", "u32", "0u")):
     _signed = _t == "i"
-    _fix = f" && ((a % d != {_z}) && ((a < 0i) != (b < 0i)))" if _signed else ""
-    _down = f"select(q, q - 1i, b != {_z}{_fix})" if _signed else "q"
-    _add(
-        f"floordiv_{_t}",
-        f"fn floordiv_{_t}(a: {_w}, b: {_w}) -> {_w} {{ let d = select(b, 1{_t}, b == {_z});"
-        f" let q = a / d; return select({_down}, {_z}, b == {_z}); }}",
-    )
-    _mod = f"select(r, r + d, r != {_z} && ((r < 0i) != (b < 0i)))" if _signed else "r"
-    _add(
-        f"mod_{_t}",
-        f"fn mod_{_t}(a: {_w}, b: {_w}) -> {_w} {{ let d = select(b, 1{_t}, b == {_z}); let r = a % d;"
-        f" return select({_mod}, {_z}, b == {_z}); }}",
-    )
-    _add(
-        f"fmod_{_t}",
-        f"fn fmod_{_t}(a: {_w}, b: {_w}) -> {_w} {{ let d = select(b, 1{_t}, b == {_z});"
-        f" return select(a % d, {_z}, b == {_z}); }}",
-    )
     _add(
         f"pow_{_t}",
         f"""

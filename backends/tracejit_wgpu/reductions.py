@@ -52,22 +52,27 @@ class Reductions:
         use = self.shader.use
         if not arg:
             return f"a{p}_{k} = {wgsl.combine(kind, f'a{p}_{k}', value, dtype, use)};\n"
-        # better value, or a NaN where there was none, or an equal value at an earlier position
+        # better value, or a NaN where there was none, or an equal value at an earlier position; no branch, not even that of
+        # a short-circuit operator: NVIDIA's threads need not have met again when the next subgroup operation runs
         a, x = f"a{p}_{k}", f"x{p}_{k}"
+        sooner = f"(({value} == {a}) & ({index} < {x}))"
         if dtype.kind == "f":
             use("isnan_")
             beats = f"({value} {'>' if kind == 'argmax' else '<'} {a})"
             condition = (
-                f"(isnan_({value}) && (!isnan_({a}) || {index} < {x})) || "
-                f"(!isnan_({a}) && ({beats} || ({value} == {a} && {index} < {x})))"
+                f"(isnan_({value}) & (!isnan_({a}) | ({index} < {x}))) | "
+                f"(!isnan_({value}) & !isnan_({a}) & ({beats} | {sooner}))"
             )
         elif dtype.kind == "b":
-            beats = f"({value} && !{a})" if kind == "argmax" else f"(!{value} && {a})"
-            condition = f"{beats} || ({value} == {a} && {index} < {x})"
+            beats = f"({value} & !{a})" if kind == "argmax" else f"(!{value} & {a})"
+            condition = f"{beats} | {sooner}"
         else:
-            beats = f"({value} {'>' if kind == 'argmax' else '<'} {a})"
-            condition = f"{beats} || ({value} == {a} && {index} < {x})"
-        return f"if ({condition}) {{ {a} = {value}; {x} = {index}; }}\n"
+            condition = f"({value} {'>' if kind == 'argmax' else '<'} {a}) | {sooner}"
+        better = self.shader.name("c")
+        return (
+            f"let {better} = {condition}; {a} = select({a}, {value}, {better}); "
+            f"{x} = select({x}, {index}, {better});\n"
+        )
 
     def accumulate(self, linear: str, valid: str) -> str:
         """Fold the current element's values in; ``linear`` is the i32 position over the reduce axes of lane 0."""
@@ -237,7 +242,7 @@ class Reductions:
                 value = f"x{p}_{k}" if arg else f"a{p}_{k}"
                 result = self.body.instrs[p].dtype
                 if not arg and dtype == np.float16:
-                    self.shader.use("round16_hw" if self.shader.target.f16 else "round16")
+                    self.shader.use("round16")
                     value = f"round16_({value})"
                 elif not arg and result.kind in "iu" and result.itemsize < 4:
                     value = wgsl.wrap(value, result)

@@ -64,7 +64,7 @@ def _declare(shader: Shader, base: int, idx: int, upd: int, out: int) -> list[st
 
 
 def _add(a: str, b: str, dtype: np.dtype, shader: Shader) -> str:
-    return wgsl.expression("add", (a, b), dtype, dtype, shader.use, shader.target.f16)
+    return wgsl.expression("add", (a, b), dtype, dtype, shader.use)
 
 
 def _by_masks(kernel: OpKernel, tables: Tables, sizes: tuple[int, int, int, int]) -> Dispatch:

@@ -141,16 +141,14 @@ def wrap(expr: str, dtype: DType) -> str:
     return expr
 
 
-def expression(
-    op: str, args: Sequence[str], source: DType, dtype: DType, use: Helpers, f16: bool = False
-) -> str:
+def expression(op: str, args: Sequence[str], source: DType, dtype: DType, use: Helpers) -> str:
     """The WGSL expression for an elementwise op on scalar operands; ``source`` is the dtype of the last operand.
 
     ``args`` must be names or otherwise cheap: they may be repeated. Raises CompileError for an unknown op.
     """
     text = _expression(op, args, source, dtype, use)
     if dtype == np.float16:
-        use("round16_hw" if f16 else "round16")
+        use("round16")
         return f"round16_({text})"
     return wrap(text, dtype) if dtype.kind in "iu" and dtype.itemsize < 4 else text
 
@@ -160,8 +158,8 @@ def zero_sign(op: str, zeros: Sequence[float | None], same: bool) -> tuple[str, 
 
     ``zeros`` has the value of each operand that is a constant zero; ``same``: both operands are one value.
     """
-    if op == "sub" and same:
-        return "self_sub_", 0, ""
+    if same and op in ("sub", "div"):
+        return f"self_{op}_", 0, ""
     for place, zero in enumerate(zeros):
         if zero is None or op not in ("mul", "div") or len(zeros) != 2:
             continue
@@ -332,9 +330,9 @@ def _highest(dtype: DType) -> int:
 def combine(kind: str, a: str, b: str, dtype: DType, use: Helpers) -> str:
     """``a (+) b`` for a reduction kind other than argmax/argmin."""
     if kind == "any" or (dtype.kind == "b" and kind in ("sum", "max")):
-        return f"({a} || {b})"
+        return f"({a} | {b})"
     if kind == "all" or (dtype.kind == "b" and kind in ("prod", "min")):
-        return f"({a} && {b})"
+        return f"({a} & {b})"
     op = {"sum": "add", "prod": "mul", "max": "maximum", "min": "minimum"}[kind]
     return expression(op, (a, b), dtype, dtype if dtype != np.float16 else np.dtype(np.float32), use)
 

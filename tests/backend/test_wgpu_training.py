@@ -23,7 +23,7 @@ def test_the_transformer_example_has_the_reference_backends_loss_curve(
         for device in ("numpy", "cpu", "wgpu")
     }
     expected = results["numpy"]
-    assert expected.losses[-1] < 0.8 * expected.losses[0]
+    assert expected.losses[-1] < 0.9 * expected.losses[0]
     for device in ("cpu", "wgpu"):
         np.testing.assert_allclose(results[device].losses, expected.losses, rtol=TOLERANCE)
         np.testing.assert_allclose(results[device].validation, expected.validation, rtol=TOLERANCE)
