@@ -20,24 +20,8 @@ from tracejit_cpu.signs import nonpositive
 ARG = ("argmax", "argmin")
 # operations whose results are float16 numbers if their operands are
 _EXACT_IN_FLOAT16 = frozenset(
-    [
-        "load",
-        "const",
-        "identity",
-        "stop_gradient",
-        "convert",
-        "neg",
-        "abs",
-        "sign",
-        "copysign",
-        "maximum",
-        "minimum",
-        "where",
-        "floor",
-        "ceil",
-        "rint",
-        "trunc",
-    ]
+    {"load", "const", "identity", "stop_gradient", "convert", "where", "maximum", "minimum"}
+    | {"neg", "abs", "sign", "copysign", "floor", "ceil", "rint", "trunc"}
 )
 
 

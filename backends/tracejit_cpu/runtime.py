@@ -279,7 +279,9 @@ class Pool:
     def __init__(self) -> None:
         self.threads = thread_count()
         self.futex = uses_futex()
-        self.loaded = codecache.load_support(f"pool{self.futex}", lambda: runtime_ir(host(), self.futex), level=0)
+        self.loaded = codecache.load_support(
+            f"pool{self.futex}", lambda: runtime_ir(host(), self.futex), level=0
+        )
         self._memory = ctypes.create_string_buffer(STATE_BYTES + 128)
         base = ctypes.addressof(self._memory)
         self.state = base + (-base) % 128

@@ -8,6 +8,7 @@ Peers that are not installed are left out: ``pip install -e '.[bench]'``.
 from __future__ import annotations
 
 import argparse
+import compileall
 import importlib.util
 import json
 import os
@@ -59,8 +60,9 @@ def wait_until_idle(limit_s: float) -> bool:
 
 
 def environment(threads: int, scratch: str) -> dict[str, str]:
-    """The same thread count for everybody, and no peer's disk cache."""
-    env = {k: v for k, v in os.environ.items() if k not in ("OPENBLAS_CORETYPE", "OPENBLAS_L2_SIZE")}
+    """The same thread count for everybody, no peer's disk cache, and byte code for all: pip has compiled the peers'."""
+    left_out = ("OPENBLAS_CORETYPE", "OPENBLAS_L2_SIZE", "PYTHONDONTWRITEBYTECODE")
+    env = {k: v for k, v in os.environ.items() if k not in left_out}
     n = str(threads)
     env.update(OMP_NUM_THREADS=n, OPENBLAS_NUM_THREADS=n, MKL_NUM_THREADS=n, TRACEJIT_NUM_THREADS=n)
     env.update(JAX_PLATFORMS="cpu", PYTHONWARNINGS="ignore", TORCHINDUCTOR_FX_GRAPH_CACHE="0")
@@ -169,6 +171,8 @@ def main() -> None:
     parser.add_argument("--json", help="also write everything to this file")
     options = parser.parse_args()
     peers = installed(tuple(options.peers.split(",")))
+    for folder in ("tracejit", "backends", "tests/benchmarks"):  # as pip does for what it installs
+        compileall.compile_dir(ROOT / folder, quiet=2)
     results = {}
     for name in options.workloads.split(","):
         results[name] = compare(name, peers, options.rounds, options.threads, options.idle)
