@@ -190,8 +190,6 @@ class Emitter:
         self.mask: str | None = None
         self.shared: dict[int, str] = {}
         self.copies: list[dict[int, str]] = []
-        self._recips: dict[tuple[int, int], str] = {}
-        self.fast_div: set[int] = set()
         self._position: tuple[Any, str] = (None, "")
         self.nonpositive = nonpositive(local) if any(i.op == "exp" for i in local.instrs) else set()
 
@@ -405,8 +403,6 @@ class Emitter:
             out = self._index(ins, u, lanes, ty)
         elif ins.op == "random_bits":
             out = self._random(ins, u, lanes)
-        elif ins.op == "div" and i in self.fast_div:
-            out = self._divide_by_row(ins, u, lanes, ty)
         else:
             args = [self.value(a, u, lanes) for a in ins.args]
             attrs = ins.attrs
@@ -426,25 +422,6 @@ class Emitter:
         if lanes == 1:
             return at
         return fn.op(f"add {vec(ty, lanes)} {fn.splat(at, ty, lanes)}, {iota(ty, lanes)}")
-
-    def _divide_by_row(self, ins: Ins, u: int, lanes: int, ty: str) -> str:
-        """x / s with s constant along the lanes: one reciprocal per row (1 ulp more than a true division)."""
-        key = (ins.args[1], u)
-        n1 = mathlib.Num(self.fn, ty, 1)
-        scalar = self.raw(ins.args[1], u)
-        inverse = self._recips.get(key)
-        if inverse is None:
-            inverse = n1.div(n1.c(1.0), scalar)
-        n = mathlib.Num(self.fn, ty, lanes)
-        return n.mul(self.value(ins.args[0], u, lanes), self.fn.splat(inverse, ty, lanes))
-
-    def prepare_reciprocal(self, i: int) -> None:
-        """Emit 1/s for a row-level divisor at row scope, so that the sweep only multiplies."""
-        ty = value_type(self.local.instrs[i].dtype)
-        n1 = mathlib.Num(self.fn, ty, 1)
-        self._recips[(i, 0)] = n1.div(n1.c(1.0), self.raw(i, 0))
-        for u in range(1, 8):
-            self._recips[(i, u)] = self._recips[(i, 0)]
 
     def _random(self, ins: Ins, u: int, lanes: int) -> str:
         """Threefry-2x32 with 20 rounds (Salmon et al., 2011), counter (linear index, 0)."""

@@ -31,7 +31,6 @@ class LoopCompiler(Splits):
         if not self.local.reduce:
             self.elementwise()
             return Compiled(self.stages, self.temps)
-        self._find_row_divisions()
         span = self._span()
         outer = self.size // max(span, 1)
         if span == 0 or outer == 0:
@@ -134,7 +133,6 @@ class LoopCompiler(Splits):
         del outer
         kept = self._kept()
         fn, em, _ = self._begin(0, [])
-        em.fast_div = self._row_divided
         order = [*self.par, *self.red, self.v]
         pre = self._before_reduces()
         self._emit_depth(em, order, 0, pre)

@@ -68,7 +68,6 @@ class Nest:
         self.stages: list[Stage] = []
         self.scratch = 0
         self.chosen: list[int] | None = None  # replaces _targets while a chunk is swept for some of them only
-        self._row_divided: set[int] = set()
         self._arg_value = ""
 
     def _begin(self, stage: int, temps: Sequence[int]) -> tuple[Fn, Emitter, list[str]]:

@@ -22,20 +22,6 @@ _NO_INDEX = (1 << 63) - 1
 class Sweeps(Nest):
     """A nest whose rows (or columns) are swept once per level of reductions."""
 
-    def _find_row_divisions(self) -> None:
-        """Divisions of a full-level value by a row-level one that came from a reduce: done with a reciprocal."""
-        self._row_divided = set()
-        if not self.rows:
-            return
-        derived = [False] * len(self.local.instrs)
-        for i, ins in enumerate(self.local.instrs):
-            derived[i] = any(derived[d] or self.local.instrs[d].op == "reduce" for d in dependencies(ins))
-            derived[i] = derived[i] or ins.op == "reduce"
-            if ins.op == "div" and ins.dtype.kind == "f" and is_full(self.local, i):
-                divisor = ins.args[1]
-                if not is_full(self.local, divisor) and derived[divisor]:
-                    self._row_divided.add(i)
-
     def _kept(self) -> dict[int, int]:
         """Costly full-level values used in more than one sweep -> byte offset of their row in scratch."""
         local = self.local
@@ -47,8 +33,6 @@ class Sweeps(Nest):
             if self.v not in ins.axes or ins.op in ("store", "reduce") or not is_full(local, i):
                 continue
             if mathlib.cost(ins.op) < 5 and not ins.gather:
-                continue
-            if i in self._row_divided and mathlib.cost(ins.op) == mathlib.cost("div"):
                 continue
             if sum(i in n for n in needs) < 2:
                 continue
@@ -72,13 +56,6 @@ class Sweeps(Nest):
         saved: set[int] = set()
         for level in which:
             self._row_level(em, level)
-            divisors = {
-                self.local.instrs[i].args[1]
-                for i in self._needed(self._targets(level), saved)
-                if i in self._row_divided
-            }
-            for d in sorted(divisors):
-                em.prepare_reciprocal(d)
             self._one_sweep(em, order, depth, kept, saved, level, chunk)
             saved |= {i for i in kept if i in self._needed(self._targets(level))}
         last = max(which, default=0) + 1

@@ -230,7 +230,6 @@ class Splits(Sweeps):
         for stage in range(reduce_stages + 1):
             final = stage == reduce_stages
             fn, em, pointers = self._begin(stage, temps)
-            em.fast_div = self._row_divided
             tasks = outer * (chunks if not final or has_full_store else 1)
             no_store = self._without_stores(pre)
             self._emit_depth(em, order, 0, no_store)
@@ -296,10 +295,6 @@ class Splits(Sweeps):
         chosen = [i for i in everything if (self.local.instrs[i].op == "reduce") == reduces]
         self.chosen = chosen
         try:
-            for d in sorted(
-                {self.local.instrs[i].args[1] for i in self._needed(chosen) if i in self._row_divided}
-            ):
-                em.prepare_reciprocal(d)
             self._one_sweep(em, order, len(self.par) + 1, {}, set(), level, bounds)
         finally:
             self.chosen = None
