@@ -92,7 +92,8 @@ class CompileEvent:
 class StepEvent:
     """Sent once per call of an observed program: parallel arrays, one entry per executed kernel.
 
-    The arrays are empty when no observer wanted this call timed (:func:`wants_times`): it then ran at full speed.
+    The arrays are empty when no observer wanted this call timed (:func:`wants_times`): it then ran at full speed, and
+    ``finish`` equals ``begin`` where the end is not known (a GPU still at work).
 
     ``start``/``end`` are nanoseconds on the host's ``time.perf_counter_ns`` clock (device timestamps are shifted onto
     it), ``live`` the bytes of intermediate and output memory alive while the kernel runs, ``lane`` a small integer that

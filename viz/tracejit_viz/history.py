@@ -117,7 +117,8 @@ class Session:
         self._follow(step)
         if not len(step.kernels) and step.nan_node is None and self.kernels:  # ran untimed, at full speed
             seconds = step.duration * 1e-9
-            self.plain = 0.9 * self.plain + 0.1 * seconds if self.plain else seconds
+            if seconds > 0:  # unknown while a GPU is still at work
+                self.plain = 0.9 * self.plain + 0.1 * seconds if self.plain else seconds
             return
         row = self._rows % STATS_WINDOW
         self._rows += 1
