@@ -407,7 +407,7 @@ def describe(device: str) -> dict[str, str]:
 
     rt = runtime.get(device.partition(":")[2])
     out = {
-        "adapter": rt.adapter.name, "driver": rt.adapter.description, "api": rt.adapter.backend,
+        "adapter": rt.adapter.name, "driver": rt.adapter.description.partition("\n")[0], "api": rt.adapter.backend,
         "subgroup": str(rt.target.subgroup), "workgroup memory": str(rt.target.workgroup_memory),
         "buffers": str(rt.target.buffers), "python": platform.python_version(), "numpy": np.__version__,
         **gpu_torch.describe(),
