@@ -129,10 +129,13 @@ class Shader:
         return self.bindings[self.canonical(buffer)]
 
     def memory(self, kind: str, size: int) -> str:
-        """Workgroup memory of at least ``size`` elements of a type, shared by all bodies of the dispatch."""
+        """Workgroup memory of at least ``size`` elements of a type, shared by all bodies of the dispatch.
+
+        bool is kept as u32: NVIDIA's driver loses what is written to a workgroup array of bool.
+        """
         name = "wm_" + kind.replace("<", "_").replace(">", "")
         old = self.workgroup.get(name, (kind, 0))[1]
-        self.workgroup[name] = (kind, max(old, size))
+        self.workgroup[name] = ("u32" if kind == "bool" else kind, max(old, size))
         return name
 
     def name(self, stem: str = "t") -> str:

@@ -119,6 +119,23 @@ class Reductions:
                     count["i32"] += 1
         return out
 
+    def _place(self, kind: str, slot: int, per: int, offset: str) -> str:
+        """A slot's place in workgroup memory."""
+        return f"{self.shader.memory(kind, (slot + 1) * per)}[{slot * per}u + {offset}]"
+
+    def _put(self, slots: list[tuple[int, int, str, str, int]], per: int, offset: str) -> str:
+        """Write every variable to its place."""
+        out = []
+        for _, _, name, kind, slot in slots:
+            value = f"select(0u, 1u, {name})" if kind == "bool" else name
+            out.append(f"{self._place(kind, slot, per, offset)} = {value};\n")
+        return "".join(out)
+
+    def _get(self, kind: str, slot: int, per: int, offset: str) -> str:
+        """The value in a place."""
+        place = self._place(kind, slot, per, offset)
+        return f"({place} != 0u)" if kind == "bool" else place
+
     def _all(self, value: str) -> str:
         out = []
         for p in self.positions:
@@ -155,9 +172,7 @@ class Reductions:
         per = self.plan.threads // size
         out = [] if first else ["workgroupBarrier();\n"]
         out.append(f"if (li % {size}u == 0u) {{\n")
-        for _, _, name, kind, slot in slots:
-            memory = self.shader.memory(kind, (slot + 1) * per)
-            out.append(f"{memory}[{slot * per}u + li / {size}u] = {name};\n")
+        out.append(self._put(slots, per, f"li / {size}u"))
         out.append("}\nworkgroupBarrier();\n")
         base = f"(li / {self.plan.lanes}u) * {parts}u"
         return "".join(out) + self._gather(slots, per, base, parts, "1u")
@@ -166,30 +181,20 @@ class Reductions:
         self, slots: list[tuple[int, int, str, str, int]], per: int, base: str, parts: int, step: str
     ) -> str:
         out = []
-        where = {
-            (p, k, name[0]): (self.shader.memory(kind, (slot + 1) * per), slot)
-            for p, k, name, kind, slot in slots
-        }
+        where = {(p, k, name[0]): (kind, slot) for p, k, name, kind, slot in slots}
         for p in self.positions:
             arg = self._kinds(p)[2]
             for k in range(self.width[p]):
-                memory, slot = where[(p, k, "a")]
-                out.append(f"a{p}_{k} = {memory}[{slot * per}u + {base}];\n")
+                j, value = self.shader.name("j"), self.shader.name("s")
+                kind, slot = where[(p, k, "a")]
+                out.append(f"a{p}_{k} = {self._get(kind, slot, per, base)};\n")
+                each = f"let {value} = {self._get(kind, slot, per, f'{base} + {j} * {step}')}; "
                 if arg:
-                    xm, xs = where[(p, k, "x")]
-                    out.append(f"x{p}_{k} = {xm}[{xs * per}u + {base}];\n")
-                j = self.shader.name("j")
-                index = ""
-                if arg:
-                    index = f"{xm}[{xs * per}u + {base} + {j} * {step}]"
-                value = self.shader.name("s")
-                out.append(
-                    f"for (var {j} = 1u; {j} < {parts}u; "
-                    f"{j}++) {{ let {value} = {memory}[{slot * per}u + {base} + {j} * {step}]; "
-                    + (f"let {value}x = {index}; " if arg else "")
-                    + self._merge(p, k, value, f"{value}x" if arg else "")
-                    + "}\n"
-                )
+                    kind, slot = where[(p, k, "x")]
+                    out.append(f"x{p}_{k} = {self._get(kind, slot, per, base)};\n")
+                    each += f"let {value}x = {self._get(kind, slot, per, f'{base} + {j} * {step}')}; "
+                each += self._merge(p, k, value, f"{value}x" if arg else "")
+                out.append(f"for (var {j} = 1u; {j} < {parts}u; {j}++) {{ {each}}}\n")
         return "".join(out)
 
     def _tree(self, first: bool) -> str:
@@ -198,39 +203,29 @@ class Reductions:
         per = plan.threads
         out = [] if first else ["workgroupBarrier();\n"]
 
-        def put() -> str:
-            return "".join(
-                f"{self.shader.memory(kind, (slot + 1) * per)}[{slot * per}u + li] = {name};\n"
-                for _, _, name, kind, slot in slots
-            )
-
-        out.append(put())
+        out.append(self._put(slots, per, "li"))
         step = plan.lanes // 2
         stride = 1 if plan.rows else plan.points
         lane = f"(li % {plan.lanes}u)" if plan.rows else f"(li / {plan.points}u)"
-        where = {
-            (p, k, name[0]): (self.shader.memory(kind, (slot + 1) * per), slot)
-            for p, k, name, kind, slot in slots
-        }
+        where = {(p, k, name[0]): (kind, slot) for p, k, name, kind, slot in slots}
         while step:
             out.append(f"workgroupBarrier();\nif ({lane} < {step}u) {{\n")
+            other = f"li + {step * stride}u"
             for p in self.positions:
                 arg = self._kinds(p)[2]
                 for k in range(self.width[p]):
-                    memory, slot = where[(p, k, "a")]
                     value, index = self.shader.name("s"), ""
-                    out.append(f"let {value} = {memory}[{slot * per}u + li + {step * stride}u];\n")
+                    out.append(f"let {value} = {self._get(*where[(p, k, 'a')], per, other)};\n")
                     if arg:
-                        xm, xs = where[(p, k, "x")]
                         index = self.shader.name("s")
-                        out.append(f"let {index} = {xm}[{xs * per}u + li + {step * stride}u];\n")
+                        out.append(f"let {index} = {self._get(*where[(p, k, 'x')], per, other)};\n")
                     out.append(self._merge(p, k, value, index))
-            out.append(put() + "}\n")
+            out.append(self._put(slots, per, "li") + "}\n")
             step //= 2
         out.append("workgroupBarrier();\n")
         base = f"(li / {plan.lanes}u) * {plan.lanes}u" if plan.rows else f"li % {plan.points}u"
         for _, _, name, kind, slot in slots:
-            out.append(f"{name} = {self.shader.memory(kind, (slot + 1) * per)}[{slot * per}u + {base}];\n")
+            out.append(f"{name} = {self._get(kind, slot, per, base)};\n")
         return "".join(out)
 
     def publish(self) -> None:
