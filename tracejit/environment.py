@@ -29,7 +29,7 @@ _MISSING = object()
 _MAX_SLOTS = 2048
 _MAX_ITEMS = 1024
 _MAX_LEAVES = 4096
-_MAX_BYTES = 16 << 20
+_MAX_BYTES = 1 << 20
 
 #: (container, name, value): container has ``get`` (globals, an object's __dict__) or is a closure cell (name for messages).
 Slot = tuple[Any, str, Any]
