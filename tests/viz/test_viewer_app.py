@@ -465,4 +465,4 @@ def test_a_playing_window_is_polite_while_the_program_runs(driver):
     app._cost = 0.004
     assert app.frame_rate() <= 30
     app._cost = 1.0
-    assert app.frame_rate() == 5  # however slow the machine, the window lives
+    assert app.frame_rate() == 3  # however slow the machine, the window lives

@@ -205,7 +205,7 @@ def test_untimed_steps_feed_the_curve_and_the_clock_only(hub, small_event):
             synth.step_event(small_event, k, begin=time.perf_counter_ns()), loss=1.0 / k
         )
         observer.on_step(untimed(event))
-        time.sleep(0.06)
+        time.sleep(0.11)
     observer.close()
     pump(hub, lambda: hub.trainers and not hub.trainers[0].alive)
     session = hub.trainers[0].sessions[1]

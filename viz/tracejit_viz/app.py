@@ -32,9 +32,12 @@ from .ui import UiState
 
 FPS = 60
 #: While a program runs and nobody touches the window, drawing may take this part of the machine: the program needs it.
-POLITE_SHARE = 0.012
-POLITE_FPS = (5, 30)
+POLITE_SHARE = 0.006
+POLITE_FPS = (3, 30)
 IDLE_FPS = 8
+REFRESH = (
+    40.0  # seconds between new pictures of the page for the sake of its times: costly, and they change slowly
+)
 TOUCHED = 1.5  # seconds after the last input during which the window runs at full speed
 END_PAUSE = 0.6  # seconds at the end of a replay before the next one
 
@@ -95,6 +98,7 @@ class App(Actions):
         self._gif_next = 0.0
         self._busy_until = clock() + TOUCHED
         self._drawn = -2
+        self._refresh_at = 0.0
         self._cost = 0.003  # seconds of processor time for a frame, smoothed
         self._title = ""
         programs = self.programs()
@@ -181,9 +185,7 @@ class App(Actions):
             return FPS
         playing = self.ui.playing and self.ui.step is not None
         drawing = self.window.graph is None or not self.window.graph.sharp
-        if drawing:
-            return FPS
-        if not (playing or self.ui.typing):
+        if not (drawing or playing or self.ui.typing):
             return IDLE_FPS
         if not self.ui.live:
             return FPS
@@ -275,7 +277,8 @@ class App(Actions):
             if session is not None and session.last is not None and ui.follow:
                 self._use(session.last)
             ui.t = 0.0
-            if self.window.graph is not None:
+            if self.window.graph is not None and now >= self._refresh_at:
+                self._refresh_at = now + REFRESH
                 self.window.graph.refresh()
             return
         ui.t += dt * 1e9 * ui.speed

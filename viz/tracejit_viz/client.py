@@ -1,6 +1,6 @@
 """The training side: an observer that hands steps to the viewer's window and never holds up the program.
 
-Timing every kernel slows a call down, so only as many calls are timed as cost 0.4% together (the window shows
+Timing every kernel slows a call down, so only as many calls are timed as cost 0.2% together (the window shows
 one step for seconds anyway); the others run at full speed and only report their duration and loss. One non-blocking send
 per shown step from a preallocated batch; a full pipe drops the step. A
 viewer that is closed, killed or was never there only means that nothing is shown. Made by
@@ -32,8 +32,8 @@ if TYPE_CHECKING:
     from tracejit.events import CompileEvent, KernelInfo, StepEvent
 
 MAX_RATE = 30.0  # timed steps per second
-LIGHT_RATE = 20.0  # steps without kernel times per second: loss curve, step rate
-BUDGET = 0.004  # part of the program's time that timing its kernels may take
+LIGHT_RATE = 10.0  # steps without kernel times per second: loss curve, step rate
+BUDGET = 0.002  # part of the program's time that timing its kernels may take
 LONGEST = 10.0  # seconds between timed steps at most
 RETRY = 0.05  # seconds between attempts to connect
 POLL = 0.05  # seconds between looks for requests
