@@ -152,7 +152,7 @@ def test_the_cache_can_be_off(folder, monkeypatch, off, capsys):
 
 
 def test_where_it_is_without_the_variable(monkeypatch):
-    monkeypatch.delenv("TRACEJIT_CACHE_DIR")
+    monkeypatch.delenv("TRACEJIT_CACHE_DIR", raising=False)
     monkeypatch.setattr(codecache.sys, "platform", "linux")
     monkeypatch.setenv("XDG_CACHE_HOME", "/somewhere")
     assert codecache.cache_dir() == Path("/somewhere/tracejit/cpu")
