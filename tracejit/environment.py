@@ -250,7 +250,7 @@ class _Walk:
         attributes: list[str] = []
         while len(self.slots) < _MAX_SLOTS and len(self._objects) < _MAX_SLOTS:
             new_objects = list(self._objects.values())[len(objects) :]
-            new_attributes = [a for a in self._attributes if a not in set(attributes)]
+            new_attributes = list(self._attributes)[len(attributes) :]
             if not new_objects and not new_attributes:
                 return
             pairs = [(o, a) for o in objects for a in new_attributes]

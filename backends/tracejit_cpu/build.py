@@ -94,18 +94,7 @@ class KernelCompiler:
                 local = numbers.setdefault(access.buffer, len(numbers))
                 changes[field_.name] = Access(local, access.strides, access.offset)
         named = dataclasses.replace(kernel, **changes)
-        original = {v: k for k, v in numbers.items()}
-        key = f"attention{stable(named)}{[self.dtype(original[i]).name for i in range(len(original))]}"
-
-        def make(name: str) -> Compiled:
-            compiled, local = attention.compile_attention(
-                self.module, named, lambda n: self.dtype(original[n]), name
-            )
-            self.orders[key] = local
-            return compiled
-
-        compiled = self.once(key, make)
-        return compiled, [original[n] for n in self.orders[key]]
+        return self._shared("attention", named, numbers, attention.compile_attention)
 
     def _op(self, kernel: OpKernel) -> list[tuple[Compiled, list[int]]]:
         """An op kernel; equal ones on other buffers share code."""
@@ -159,14 +148,22 @@ class KernelCompiler:
         named = Contract(
             c.batch, c.m, c.n, c.k, a, b, LoopBody(c.epilogue.domain, tuple(instrs)), c.acc_dtype
         )
+        return self._shared("gemm", named, numbers, gemm.compile_contract)
+
+    def _shared(
+        self,
+        kind: str,
+        named: Any,
+        numbers: dict[int, int],
+        compile_: Callable[..., tuple[Compiled, list[int]]],
+    ) -> tuple[Compiled, list[int]]:
+        """Code of a kernel whose buffers are numbered by ``numbers``, compiled once for all equal ones, and its buffers."""
         original = {v: k for k, v in numbers.items()}
         dtypes = [self.dtype(original[i]).name for i in range(len(original))]
-        key = f"gemm{stable(named)}{dtypes}"
+        key = f"{kind}{stable(named)}{dtypes}"
 
         def make(name: str) -> Compiled:
-            compiled, local = gemm.compile_contract(
-                self.module, named, lambda n: self.dtype(original[n]), name
-            )
+            compiled, local = compile_(self.module, named, lambda n: self.dtype(original[n]), name)
             self.orders[key] = local
             return compiled
 
