@@ -68,26 +68,27 @@ def _differences(
     return [] if worst <= 1 else [Difference(what, worst, got, narrow)]
 
 
-def _jittered(arrays: Sequence[np.ndarray], rng: np.random.Generator) -> list[np.ndarray]:
-    """The inputs, each floating-point number moved by up to one unit in the last place."""
+def _jittered(arrays: Sequence[np.ndarray], rng: np.random.Generator, least: Any) -> list[np.ndarray]:
+    """The inputs in the device's types, each floating-point number moved by up to one unit in the last place."""
     out = []
     for x in arrays:
         x = np.asarray(x)
         if x.dtype.kind == "f":
+            x = x.astype(min(x.dtype, np.dtype(least), key=lambda d: d.itemsize))
             x = (x * (1 + np.finfo(x.dtype).eps * rng.uniform(-1, 1, x.shape))).astype(x.dtype)
         out.append(x)
     return out
 
 
-def _is_cancellation(got: Any, wide: Any, again: Sequence[Any], slack: float) -> bool:
-    """Whether NumPy itself, in the program's own types, gives results that far apart for inputs a rounding error apart.
+def _is_cancellation(got: Any, wide: Any, again: Sequence[Any], eps: float, slack: float) -> bool:
+    """Whether NumPy itself, in the device's types, gives results that far apart for inputs a rounding error apart.
 
     The disturbed runs miss what cancels inside one operation's gradient: ``1 - tanh(x)**2`` near one, sums that are zero by
     algebra. Only differences that are tiny beside the result's scale can be excused, so a wrong branch or tie cannot.
     """
     g, w = np.asarray(got).astype(np.float64), np.asarray(wide).astype(np.float64)
     # Intermediate values are of the order of one: their own rounding error is an absolute one for what is left of them.
-    spread = np.full_like(w, np.finfo(np.asarray(got).dtype).eps)
+    spread = np.full_like(w, eps)
     for a in again:
         spread = np.maximum(spread, np.abs(np.asarray(a).astype(np.float64) - w))
     off = np.abs(g - w)
@@ -117,10 +118,15 @@ def compare(
     got = tj.trace(fn)(*arrays, device=device)
     found: list[Difference] = []
     for i, name in enumerate(program.outputs):
-        found += _differences(
+        exact = program.values[name].exact
+        wrong = _differences(
             f"output {name}", got[i], narrow[i], wide[i], [d[i] for d in disturbed],
-            exact=program.values[name].exact, eps=eps, slack=slack, loose=loose,
+            exact=exact, eps=eps, slack=slack, loose=loose,
         )  # fmt: skip
+        # A GPU contracts ``x - mean * scale`` into one operation, so what is zero by algebra in NumPy need not be there.
+        if wrong and loose and not exact and _is_cancellation(got[i], wide[i], [], eps, slack):
+            continue
+        found += wrong
     floats = [i for i, v in enumerate(program.inputs) if v.kind == "f"]
     weights = {
         name: small_numbers(rng, program.values[name].shape, F64)
@@ -159,8 +165,8 @@ def compare(
         )  # fmt: skip
         if wrong and not again:
             traced = tj.trace(got_gradients)
-            again = [traced(*_jittered(arrays, rng), device="numpy") for _ in range(4)]
-        if wrong and not _is_cancellation(actual[k], wide_gradients[k], [a[k] for a in again], slack):
+            again = [traced(*_jittered(arrays, rng, least), device="numpy") for _ in range(4)]
+        if wrong and not _is_cancellation(actual[k], wide_gradients[k], [a[k] for a in again], eps, slack):
             found += wrong
     return found
 

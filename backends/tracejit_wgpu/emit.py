@@ -259,11 +259,18 @@ class Emitter:
         return f"({base} + {lane}u)" if lane and axis == self.axis else base
 
     def address(self, access: Access, lane: int, gathers: Sequence[tuple[str, int]] = ()) -> str:
-        """u32 element address of one lane."""
+        """u32 element address of one lane.
+
+        One below zero that is known here becomes 0: only a load whose mask is false has it (padding), and the validator,
+        which sees it too, would reject the whole module.
+        """
         offset = access.offset
         if lane and self.axis is not None:
             offset += lane * access.strides[self.axis]
-        return wgsl.u32_offset([*zip(access.strides, self.index), *((s, g) for g, s in gathers)], offset)
+        terms = [*zip(access.strides, self.index), *((s, g) for g, s in gathers)]
+        if offset < 0 and all(stride == 0 or index == "0u" for stride, index in terms):
+            offset = 0
+        return wgsl.u32_offset(terms, offset)
 
     def address4(self, access: Access, gathers: Sequence[tuple[str, int]] = ()) -> str:
         """Address of an aligned vector, in vectors."""
