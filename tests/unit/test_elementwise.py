@@ -318,6 +318,7 @@ def test_round(dtype, decimals):
     check(lambda x: np.around(x, decimals), np.array([0.5, 1.5, 2.5, -2.675, 1234.5678]))
 
 
+@pytest.mark.filterwarnings("ignore:numpy.fix is deprecated")  # from NumPy 2.5 on
 def test_builtin_round_and_fix():
     check(lambda x: np.fix(x), np.array([-1.7, 1.7, -0.2]))
     np.testing.assert_array_equal(run(lambda x: round(x, 1), np.array([0.25, 0.37]))[0], [0.2, 0.4])
