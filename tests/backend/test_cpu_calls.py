@@ -91,6 +91,7 @@ def test_a_result_that_is_still_reachable_is_not_overwritten(holder):
     np.testing.assert_array_equal(now, want[3:5] if holder == "view" else want)
 
 
+@pytest.mark.filterwarnings("ignore:Setting the (shape|dtype) on a NumPy array")  # from NumPy 2.5 on
 @pytest.mark.parametrize(
     "change",
     [
