@@ -1,4 +1,4 @@
-"""What attention kernels are built from: scratch memory, padded copies, products of tiles, causal bounds, scores.
+"""What attention kernels are built from: scratch memory, padded copies, transposed blocks, causal bounds, masked scores.
 
 :class:`AttentionBase` is the part that ``attention.py``'s forward and backward kernels share.
 """
@@ -6,17 +6,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import numpy as np
 
 from tracejit.program import Access, AttentionKernel
 from tracejit_cpu import mathlib
+from tracejit_cpu.attention_tiles import heights, strip
 from tracejit_cpu.irbuilder import Fn, Module, const, iota, mask_first, memory_type, value_type, vec
-from tracejit_cpu.micro import Tile, micro_kernel, pack, tile_for
+from tracejit_cpu.micro import pack, tile_for
 from tracejit_cpu.stages import Compiled, Stage
 
 DtypeOf = Callable[[int], np.dtype]
+
+KEYS = 96  # keys per tile: the scores of a block of queries and the operands of a tile stay in the L1 cache
+TALLEST = 24  # rows of keys are padded to a multiple of every strip's height
 
 
 def _up(n: int, multiple: int) -> int:
@@ -59,24 +63,29 @@ class AttentionBase:
     def __init__(self, module: Module, k: AttentionKernel, dtype_of: DtypeOf, name: str) -> None:
         self.module, self.k, self.dtype_of, self.name = module, k, dtype_of, name
         self.ty = value_type(k.dtype)
-        self.tile: Tile = tile_for(module.host, self.ty)
-        t = self.tile
-        self.block = math.lcm(t.mr, t.nr)
-        while self.block < 48:
-            self.block *= 2
-        self.tk = _up(k.tk, t.nr)  # width of a row of scores
-        self.tall = _up(k.tk, t.mr)  # rows of dk and dv
-        self.blocks = -(-k.tq // self.block)
-        self.dp, self.vp = _up(k.d, t.nr), _up(k.dv_dim, t.nr)
+        tile = tile_for(module.host, self.ty)
+        self.lanes, self.bytes = tile.lanes, tile.bytes
+        self.most, self.wide = (
+            tile.mr * tile.nv,
+            tile.nv,
+        )  # accumulators, and vectors of a row, that registers hold
+        #: Scores are computed in this unit, in which ``exp_below`` takes its argument.
+        self.unit = math.log(2.0) if self.ty == "float" else 1.0
+        #: A block of queries is ``nr`` lanes in ``nv`` vectors.
+        self.nv = 1 if k.tq <= self.lanes else tile.nv
+        self.nr = self.nv * self.lanes
+        self.blocks = -(-k.tq // self.nr)
+        self.tall = _up(k.tk, TALLEST)
+        self.dp, self.vp = _up(k.d, self.lanes), _up(k.dv_dim, self.lanes)
         self.buffers: list[int] = []
         self.used = 0
         self.heads = math.prod(k.batch)
 
-    # -- small helpers --------------------------------------------------------------------------------------------------
+    # -- memory ---------------------------------------------------------------------------------------------------------
     def _scratch(self, fn: Fn, items: int) -> str:
         """A region of the thread's scratch memory, in elements of the computation type."""
         at = self.used
-        self.used += _up(items * self.tile.bytes, 64) + 64
+        self.used += _up(items * self.bytes, 64) + 64
         return fn.gep("%scr", at, "i8")
 
     def _begin(self, names: list[str]) -> Fn:
@@ -107,115 +116,83 @@ class AttentionBase:
         return out
 
     def _copy(
-        self, fn: Fn, name: str, pointer: str, rows: int, columns: int, all_rows: int, pitch: int
-    ) -> str:
-        """Copy a whole operand of a head to scratch."""
+        self,
+        fn: Fn,
+        name: str,
+        pointer: str,
+        rows: str | int,
+        columns: int,
+        dst: str,
+        all_rows: int,
+        pitch: int,
+    ) -> None:
+        """Copy rows of an operand to scratch, padded with zeros to ``all_rows`` rows of ``pitch``."""
         access: Access = getattr(self.k, name)
         mem = memory_type(self.dtype_of(access.buffer))
         rs, cs = access.strides[-2], access.strides[-1]
-        dst = self._scratch(fn, all_rows * pitch)
-        copy = _copy_rows(self.module, self.ty, mem, self.tile.lanes)
+        copy = _copy_rows(self.module, self.ty, mem, self.lanes)
         sizes = f"i64 {rows}, i64 {columns}, i64 {all_rows}"
         fn.emit(f"call void @{copy}(ptr {pointer}, i64 {rs}, i64 {cs}, {sizes}, ptr {dst}, i64 {pitch})")
-        return dst
 
-    def _panels(self, fn: Fn, source: str, pitch: int, depth: int) -> str:
-        """Transposed panels [key panel][depth][nr] of a padded copy [keys][pitch]."""
-        t = self.tile
-        dst = self._scratch(fn, self.tk * depth)
-        name = pack(self.module, self.ty, self.ty, t.lanes, t.nr)
-        with fn.loop(0, self.tk // t.nr) as p:
-            src = fn.gep(source, fn.imul(p, t.nr * pitch), self.ty)
-            out = fn.gep(dst, fn.imul(p, t.nr * depth), self.ty)
-            fn.emit(f"call void @{name}(ptr {src}, i64 1, i64 {pitch}, i64 {depth}, i64 {t.nr}, ptr {out})")
-        return dst
+    def _at(self, fn: Fn, name: str, pointer: str, row: str) -> str:
+        """Address of an operand's row."""
+        access: Access = getattr(self.k, name)
+        return fn.gep(pointer, fn.imul(row, access.strides[-2]), memory_type(self.dtype_of(access.buffer)))
 
-    def _product(
-        self, fn: Fn, rows: str | int, panels: str | int, a: str, rs: int, ks: int, b: str, bstep: int, bs: int,
-        depth: str | int, out: str, ostep: int, add: str | int, start: Callable[[str], str] | None = None,
-        span: Callable[[str], tuple[str, str]] | None = None,
-    ) -> None:  # fmt: skip
-        """out[panel][row][nr] (+)= A B for ``rows`` (a multiple of mr) and ``panels``; steps and strides in elements.
+    def _lanes_of(self, fn: Fn, source: str, pitch: int, depth: int, dst: str) -> None:
+        """Transpose a padded block of query rows [nr][pitch] to [depth][nr]."""
+        name = pack(self.module, self.ty, self.ty, self.lanes, self.nr)
+        fn.emit(f"call void @{name}(ptr {source}, i64 1, i64 {pitch}, i64 {depth}, i64 {self.nr}, ptr {dst})")
 
-        ``start`` gives the first row that a panel needs; ``span`` the part (first, count) of the sum that the tile at a
-        row needs. Together they skip what causality makes zero.
-        """
-        t, ty = self.tile, self.ty
-        mk = micro_kernel(self.module, t, t.mr, t.nv)
-        with fn.loop(0, panels) as p:
-            bp, op = fn.gep(b, fn.imul(p, bstep), ty), fn.gep(out, fn.imul(p, ostep), ty)
-            with fn.loop(start(p) if start else 0, rows, t.mr) as r:
-                ap, to = fn.gep(a, fn.imul(r, rs), ty), fn.gep(op, fn.imul(r, t.nr), ty)
-                low, count = span(r) if span else ("0", str(depth))
-                ap, part = fn.gep(ap, fn.imul(low, ks), ty), fn.gep(bp, fn.imul(low, bs), ty)
-                fn.emit(
-                    f"call void @{mk}(ptr {ap}, i64 {rs}, i64 {ks}, ptr {part}, i64 {bs}, i64 {count}, ptr {to}, i64 {add})"
-                )
+    def _scale(self, fn: Fn, n: mathlib.Num, block: str, depth: int, factors: list[str]) -> None:
+        """Multiply a block [depth][nr] by one vector of factors per vector of a row."""
+        with fn.loop(0, depth) as c:
+            for v in range(self.nv):
+                p = fn.gep(block, fn.iadd(fn.imul(c, self.nr), v * self.lanes), self.ty)
+                fn.store(self.ty, n.mul(fn.load(self.ty, p, self.lanes), factors[v]), p, self.lanes)
 
-    def _seen(self, fn: Fn, first: str, r: str) -> str:
-        """How many keys the tile of query rows at ``first + r`` sees; every row of it gets that many probabilities."""
-        if not self.k.causal:
-            return str(self.k.tk)
-        return fn.imin(fn.iadd(fn.iadd(first, r), self.tile.mr), self.k.tk)
+    def _clear(self, fn: Fn, pointer: str, items: str | int) -> None:
+        """Zero ``items`` elements, a multiple of a vector."""
+        with fn.loop(0, items, self.lanes) as i:
+            fn.store(self.ty, const(0.0, self.ty, self.lanes), fn.gep(pointer, i, self.ty), self.lanes)
 
-    def _tile_of(self, fn: Fn, r: str) -> str:
-        return fn.op(f"sub i64 {r}, {fn.op(f'urem i64 {r}, {self.tile.mr}')}")
-
-    def _behind(self, fn: Fn, first: str, key: str) -> str:
-        """The first tile of rows (relative to ``first``) that sees ``key``."""
-        if not self.k.causal:
-            return "0"
-        d = fn.op(f"sub i64 {key}, {first}")
-        d = fn.op(f"select i1 {fn.op(f'icmp slt i64 {d}, 0')}, i64 0, i64 {d}")
-        return self._tile_of(fn, d)
-
-    def _start(self, fn: Fn, first: str, panel: str) -> str:
-        return self._behind(fn, first, fn.imul(panel, self.tile.nr))
-
-    def _forward_span(self, fn: Fn, first: str, r: str) -> tuple[str, str]:
-        """The keys that the tile of queries at ``r`` sees."""
-        return "0", self._seen(fn, first, r)
-
-    def _backward_span(self, fn: Fn, first: str, rows: str, key: str) -> tuple[str, str]:
-        """The queries of a block of ``rows`` that see the tile of keys at ``key``."""
-        low = self._behind(fn, first, key)
-        return low, fn.op(f"sub i64 {rows}, {low}")
-
-    def _panels_for(self, fn: Fn, keys: str) -> str:
-        if keys.isdigit():
-            return str(-(-int(keys) // self.tile.nr))
-        return fn.op(f"udiv i64 {fn.iadd(keys, self.tile.nr - 1)}, {self.tile.nr}")
-
-    def _rows(self, fn: Fn, first: str) -> tuple[str, str]:
-        """(rows of the block at ``first``, the same rounded up to whole tiles)."""
-        rows = fn.imin(fn.op(f"sub i64 {self.k.tq}, {first}"), self.block)
-        return rows, fn.imin(fn.op(f"sub i64 {_up(self.k.tq, self.tile.mr)}, {first}"), self.block)
+    def _store_block(
+        self, fn: Fn, name: str, pointer: str, first: str, rows: str, columns: int, block: str, turned: str
+    ) -> None:
+        """Write a block [column][nr] of queries to rows of an operand, by way of ``turned``."""
+        lanes = self.lanes
+        turn = pack(self.module, self.ty, self.ty, lanes, lanes)
+        for c in range(0, columns, lanes):
+            src, dst = fn.gep(block, c * self.nr, self.ty), fn.gep(turned, c * self.nr, self.ty)
+            fn.emit(
+                f"call void @{turn}(ptr {src}, i64 1, i64 {self.nr}, i64 {self.nr}, i64 {lanes}, ptr {dst})"
+            )
+        self._store_rows(
+            fn, name, self._at(fn, name, pointer, first), rows, columns, turned, lanes, self.nr * lanes
+        )
 
     def _store_rows(
         self,
         fn: Fn,
         name: str,
         pointer: str,
-        first: str,
-        rows: str,
+        rows: str | int,
         columns: int,
-        acc: str,
+        source: str,
+        pitch: int,
         step: int,
-        scale: str | None,
+        factor: str | None = None,
     ) -> None:
-        """Write accumulator rows [panel][row][nr] to an operand, row r scaled by scale[r]."""
-        t, ty, lanes = self.tile, self.ty, self.tile.lanes
+        """Write rows to an operand, times ``factor``; element (r, c) is at ``c // lanes * step + r * pitch + c % lanes``."""
+        ty, lanes = self.ty, self.lanes
         access: Access = getattr(self.k, name)
-        dtype = self.dtype_of(access.buffer)
-        mem = memory_type(dtype)
+        mem = memory_type(self.dtype_of(access.buffer))
         rs, cs = access.strides[-2], access.strides[-1]
         with fn.loop(0, rows) as r:
-            factor = fn.splat(fn.load(ty, fn.gep(scale, r, ty)), ty, lanes) if scale else None
-            base = fn.gep(pointer, fn.imul(fn.iadd(first, r), rs), mem)
-            row = fn.gep(acc, fn.imul(r, t.nr), ty)
+            base = fn.gep(pointer, fn.imul(r, rs), mem)
+            row = fn.gep(source, fn.imul(r, pitch), ty)
             for at in range(0, columns, lanes):
-                panel, inside = divmod(at, t.nr)
-                x = fn.load(ty, fn.gep(row, panel * step + inside, ty), lanes)
+                x = fn.load(ty, fn.gep(row, at // lanes * step, ty), lanes)
                 if factor is not None:
                     x = fn.op(f"fmul {vec(ty, lanes)} {x}, {factor}")
                 if mem != ty:
@@ -230,93 +207,118 @@ class AttentionBase:
                     to = fn.op(f"getelementptr {mem}, ptr {start}, <{lanes} x i64> {iota('i64', lanes, cs)}")
                     fn.scatter(mem, x, to, lanes, mask or const(True, "i1", lanes))
 
-    def _key_loops(self, fn: Fn, limit: str, panels: str) -> Iterator[tuple[str, str | None]]:
-        """The bodies of two loops over panels of keys, (panel, limit): first those that end below ``limit``, unmasked."""
-        whole = "0" if self.k.mask is not None else fn.op(f"udiv i64 {limit}, {self.tile.nr}")
-        if self.k.mask is None:
-            with fn.loop(0, whole) as p:
-                yield p, None
-        with fn.loop(whole, panels) as p:
-            yield p, limit
+    # -- products -------------------------------------------------------------------------------------------------------
+    def _height(self, nv: int) -> int:
+        """Rows of a strip of ``nv`` vectors: as many accumulators as registers allow, a divisor of ``TALLEST``."""
+        return next(h for h in (24, 12, 8, 6, 4, 3, 2, 1) if h * nv <= self.most)
 
-    def _score(
-        self, fn: Fn, n: mathlib.Num, raw: str, row: str, key: str, limit: str | None, pointer: str | None
+    def _scores(self, fn: Fn, keys: str, pitch: int, block: str, depth: int, count: str, out: str) -> None:
+        """out[key][nr] = keys (rows of ``pitch``) times a block [depth][nr], for ``count`` keys rounded up to a strip."""
+        mr = self._height(self.nv)
+        f = strip(
+            self.module, self.ty, self.lanes, mr, self.nv, (pitch, 1), self.nr, self.nr, depth, add=False
+        )
+        tiles = self._tiles(fn, count, mr)
+        fn.emit(f"call void @{f}(ptr {keys}, ptr {block}, ptr {out}, i64 {tiles}, i64 0)")
+
+    def _gather_keys(
+        self, fn: Fn, values: str, pitch: int, depth: int, weights: str, count: str, out: str
+    ) -> None:
+        """out[column][nr] += values^T (rows of ``pitch``, ``depth`` columns) times ``count`` rows of weights [key][nr]."""
+        at = 0
+        for mr, tiles in heights(depth, max(1, self.most // self.nv)):
+            f = strip(
+                self.module, self.ty, self.lanes, mr, self.nv, (1, pitch), self.nr, self.nr, None, add=True
+            )
+            a, to = fn.gep(values, at, self.ty), fn.gep(out, at * self.nr, self.ty)
+            fn.emit(f"call void @{f}(ptr {a}, ptr {weights}, ptr {to}, i64 {tiles}, i64 {count})")
+            at += mr * tiles
+
+    def _gather_queries(self, fn: Fn, weights: str, rows: str, width: int, count: str, out: str) -> None:
+        """out[key][width] += weights [key][nr] times a block of query rows [nr][width], for ``count`` keys, rounded up."""
+        at = 0
+        while at < width // self.lanes:
+            nv = min(self.wide, width // self.lanes - at)
+            mr = self._height(nv)
+            f = strip(self.module, self.ty, self.lanes, mr, nv, (self.nr, 1), width, width, self.nr, add=True)
+            b, to = fn.gep(rows, at * self.lanes, self.ty), fn.gep(out, at * self.lanes, self.ty)
+            tiles = self._tiles(fn, count, mr)
+            fn.emit(f"call void @{f}(ptr {weights}, ptr {b}, ptr {to}, i64 {tiles}, i64 0)")
+            at += nv
+
+    def _tiles(self, fn: Fn, count: str, height: int) -> str:
+        if count.isdigit():
+            return str(-(-int(count) // height))
+        return fn.op(f"udiv i64 {fn.iadd(count, height - 1)}, {height}")
+
+    # -- scores ---------------------------------------------------------------------------------------------------------
+    def _limit(self, fn: Fn, first: str) -> str:
+        """How many keys the block of queries at ``first`` needs."""
+        return fn.imin(fn.iadd(first, self.nr), self.k.tk) if self.k.causal else str(self.k.tk)
+
+    def _open(self, fn: Fn, first: str, key: str, count: str) -> str:
+        """How many of the ``count`` keys from ``key`` every query of the block at ``first`` sees, without a mask."""
+        if self.k.mask is not None:
+            return "0"
+        if not self.k.causal:
+            return count
+        left = fn.op(f"sub i64 {fn.iadd(first, 1)}, {key}")
+        left = fn.op(f"select i1 {fn.op(f'icmp slt i64 {left}, 0')}, i64 0, i64 {left}")
+        return fn.imin(left, count)
+
+    def _mask_rows(self, fn: Fn, first: str) -> list[str]:
+        """Offsets of the mask's rows for every lane of a block; lanes beyond the queries repeat the last one."""
+        if self.k.mask is None or self.k.mask.strides[-2] == 0:
+            return [""] * self.nv
+        lanes, out = self.lanes, []
+        full = f"<{lanes} x i64>"
+        for v in range(self.nv):
+            row = fn.op(
+                f"add {full} {fn.splat(fn.iadd(first, v * lanes), 'i64', lanes)}, {iota('i64', lanes)}"
+            )
+            last = f"splat (i64 {self.k.tq - 1})"
+            row = fn.op(
+                f"select <{lanes} x i1> {fn.op(f'icmp slt {full} {row}, {last}')}, {full} {row}, {full} {last}"
+            )
+            out.append(fn.op(f"mul {full} {row}, splat (i64 {self.k.mask.strides[-2]})"))
+        return out
+
+    def _masked(
+        self, fn: Fn, n: mathlib.Num, x: str, key: str, first: str, v: int, rows: str, pointer: str | None
     ) -> str:
-        """scale * s + mask for the lanes ``key...``; -inf at and beyond ``limit``, if there is one."""
-        lanes, ty = self.tile.lanes, self.ty
-        x = n.mul(raw, n.c(self.k.scale)) if self.k.scale != 1.0 else raw
-        if limit is None:
-            return x
-        left = fn.op(f"trunc i64 {fn.op(f'sub i64 {limit}, {key}')} to i32")
-        live = fn.op(f"icmp slt <{lanes} x i32> {iota('i32', lanes)}, {fn.splat(left, 'i32', lanes)}")
+        """The score of ``key`` for vector ``v`` of the queries at ``first``, plus the mask; -inf where it is not seen."""
+        lanes, live = self.lanes, None
+        if self.k.causal:
+            behind = fn.op(f"trunc i64 {fn.op(f'sub i64 {fn.iadd(key, -v * lanes)}, {first}')} to i32")
+            live = fn.op(f"icmp sge <{lanes} x i32> {iota('i32', lanes)}, {fn.splat(behind, 'i32', lanes)}")
         if self.k.mask is not None and pointer is not None:
             access = self.k.mask
             dtype = self.dtype_of(access.buffer)
             mem = memory_type(dtype)
-            base = fn.gep(pointer, fn.imul(row, access.strides[-2]), mem)
-            stride = access.strides[-1]
-            start = fn.gep(base, fn.imul(key, stride), mem)
-            if stride == 1:
-                m = fn.masked_load(
-                    mem, start, lanes, live, const(0, mem, lanes) if mem != "half" else "zeroinitializer"
-                )
+            start = fn.gep(pointer, fn.imul(key, access.strides[-1]), mem)
+            if rows:
+                at = fn.op(f"getelementptr {mem}, ptr {start}, <{lanes} x i64> {rows}")
+                m = fn.gather(mem, at, lanes, const(True, "i1", lanes), "zeroinitializer")
             else:
-                at = fn.op(f"getelementptr {mem}, ptr {start}, <{lanes} x i64> {iota('i64', lanes, stride)}")
-                m = fn.gather(mem, at, lanes, live, "zeroinitializer")
+                m = fn.splat(fn.load(mem, start), mem, lanes)
             if dtype.kind == "b":
                 on = fn.op(f"icmp ne <{lanes} x i8> {m}, zeroinitializer")
-                live = fn.op(f"and <{lanes} x i1> {live}, {on}")
+                live = fn.op(f"and <{lanes} x i1> {live}, {on}") if live else on
             else:
-                x = n.add(
-                    x,
-                    mathlib.convert(
-                        fn,
-                        self._wide(fn, m, mem),
-                        self._mask_dtype(dtype),
-                        np.dtype(np.float32 if ty == "float" else np.float64),
-                        lanes,
-                    ),
-                )
-        return n.select(live, x, n.c(-math.inf))
-
-    def _wide(self, fn: Fn, value: str, mem: str) -> str:
-        lanes = self.tile.lanes
-        return fn.op(f"fpext <{lanes} x half> {value} to <{lanes} x float>") if mem == "half" else value
-
-    @staticmethod
-    def _mask_dtype(dtype: np.dtype) -> np.dtype:
-        return np.dtype(np.float32) if dtype.name == "float16" else dtype
-
-    def _limit(self, fn: Fn, row: str) -> str:
-        """How many keys query ``row`` sees."""
-        return fn.imin(fn.iadd(row, 1), self.k.tk) if self.k.causal else str(self.k.tk)
-
-    def _keys(self, fn: Fn, first: str, rows: str) -> str:
-        """Keys that the block of queries starting at ``first`` needs."""
-        return fn.imin(fn.iadd(first, rows), self.k.tk) if self.k.causal else str(self.k.tk)
+                if mem == "half":
+                    m, dtype = fn.op(f"fpext <{lanes} x half> {m} to <{lanes} x float>"), np.dtype(np.float32)
+                m = mathlib.convert(fn, m, dtype, self._dtype(), lanes)
+                x = n.add(x, n.mul(m, n.c(1.0 / self.unit)) if self.unit != 1.0 else m)
+        return n.select(live, x, n.c(-math.inf)) if live else x
 
     def _dtype(self) -> np.dtype:
         return np.dtype(np.float32 if self.ty == "float" else np.float64)
 
-    def _exp(self, fn: Fn, n: mathlib.Num, x: str) -> str:
-        return mathlib.emit(fn, "exp", [x], [self._dtype()], self._dtype(), n.lanes, {})
-
-    def _copy_block(
-        self, fn: Fn, name: str, pointer: str, first: str, rows: str, columns: int, dst: str, pitch: int
-    ) -> None:
-        """Copy one block of query rows, padded to a whole block."""
-        access: Access = getattr(self.k, name)
-        mem = memory_type(self.dtype_of(access.buffer))
-        rs, cs = access.strides[-2], access.strides[-1]
-        src = fn.gep(pointer, fn.imul(first, rs), mem)
-        copy = _copy_rows(self.module, self.ty, mem, self.tile.lanes)
-        sizes = f"i64 {rows}, i64 {columns}, i64 {self.block}"
-        fn.emit(f"call void @{copy}(ptr {src}, i64 {rs}, i64 {cs}, {sizes}, ptr {dst}, i64 {pitch})")
-
     def _finish(self, fn: Fn, tasks: int, products: int) -> Compiled:
         k = self.k
         share = 0.55 if k.causal else 1.0
-        flops = 2.0 * self.heads * k.tq * k.tk * (k.d + k.dv_dim) * products / 2 * share
-        cost = flops / (4 * self.tile.lanes) * 0.7 + self.heads * k.tq * k.tk * share * 12 / self.tile.lanes
+        scores = self.heads * k.tq * k.tk * share
+        flops = scores * (k.d + k.dv_dim) * products
+        cost = flops / (4 * self.lanes) * 0.5 + scores * 3 / self.lanes
         stage = Stage(fn.name, list(range(len(self.buffers))), tasks, cost, self.used + 4096)
         return Compiled([stage])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from types import SimpleNamespace
 
@@ -104,6 +105,9 @@ CASES = [
     {"batch": (2,), "tq": 1, "tk": 300, "d": 32, "dv": 32},
     {"batch": (2,), "tq": 40, "tk": 40, "d": 16, "dv": 16, "dtype": "float64"},
     {"batch": (2, 2), "tq": 40, "tk": 40, "d": 16, "dv": 16, "dtype": "float16", "causal": True},
+    {"batch": (2,), "tq": 150, "tk": 90, "d": 7, "dv": 3, "causal": True},
+    {"batch": (1,), "tq": 70, "tk": 230, "d": 5, "dv": 33, "causal": True, "mask": "bool"},
+    {"batch": (2,), "tq": 5, "tk": 130, "d": 8, "dv": 9, "mask": "float", "dtype": "float16"},
 ]
 
 
@@ -139,3 +143,70 @@ def test_a_row_without_keys_is_nan_and_leaves_others_alone():
     out, lse = CpuExecutable(forward)([q, k, v, mask])
     assert np.isnan(out[0, 2]).all() and np.isnan(lse[0, 2])
     assert np.isfinite(np.delete(out, 2, axis=1)).all()
+
+
+def _forward(q, k, v, **case):
+    forward, backward = programs(
+        batch=(1,), tq=q.shape[1], tk=k.shape[1], d=q.shape[2], dv=v.shape[2], **case
+    )
+    out, lse = CpuExecutable(forward)([q, k, v])
+    return out, lse, backward
+
+
+def test_scores_that_grow_from_tile_to_tile_are_rescaled():
+    """Each tile of keys has far larger scores than the one before; sums of exponentials alone would overflow."""
+    rng = np.random.default_rng(1)
+    q = np.ones((1, 40, 4), "f")
+    k = (rng.standard_normal((1, 400, 4)) + np.arange(400)[:, None] * 0.5).astype("f")
+    v = rng.standard_normal((1, 400, 6)).astype("f")
+    for keys in (k, k[:, ::-1].copy()):
+        out, lse, _ = _forward(q, keys, v)
+        scores = q.astype("d") @ keys.astype("d").transpose(0, 2, 1) * 0.5
+        top = scores.max(-1, keepdims=True)
+        p = np.exp(scores - top)
+        np.testing.assert_allclose(out, p @ v / p.sum(-1, keepdims=True), rtol=2e-3, atol=2e-3)
+        np.testing.assert_allclose(lse, (top + np.log(p.sum(-1, keepdims=True)))[..., 0], rtol=1e-6)
+
+
+@pytest.mark.parametrize("payload", [0x7FC00000, 0x7FFFFFFF, 0xFFC00001])
+def test_nan_reaches_the_rows_that_see_it_and_no_others(payload):
+    """Whatever the bits of the NaN: the exponential works on bit patterns."""
+    rng = np.random.default_rng(2)
+    q, k, v, dout = (rng.standard_normal((1, 120, 8)).astype("f") for _ in range(4))
+    k.view(np.uint32)[0, 100, 3] = payload
+    out, lse, backward = _forward(q, k, v, causal=True)
+    seen = np.arange(120) >= 100
+    np.testing.assert_array_equal(np.isnan(out[0]).all(-1), seen)
+    np.testing.assert_array_equal(np.isnan(lse[0]), seen)
+    assert np.isfinite(out[0, :100]).all()
+    dq, dk, dv = CpuExecutable(backward)([q, k, v, out, lse, dout])
+    np.testing.assert_array_equal(np.isnan(dq[0]).all(-1), seen)
+    assert np.isfinite(np.delete(dq[0, :100], 3, axis=-1)).all()  # column 3: 0 * NaN, as in the definition
+    assert np.isnan(dk).any() and np.isnan(dv).any()
+
+
+def test_infinite_scores_give_what_the_definition_gives():
+    q, k = np.ones((1, 3, 2), "f"), np.ones((1, 4, 2), "f")
+    k[0, 1] = np.inf
+    q[0, 2] = 0
+    v = np.ones((1, 4, 2), "f")
+    out, _, _ = _forward(q, k, v)
+    assert np.isnan(out).all()  # inf - inf, and 0 * inf
+    k[0, 1] = -np.inf
+    out, _, _ = _forward(q, k, v)
+    np.testing.assert_allclose(out[0, :2], 1.0, rtol=1e-6)
+    assert np.isnan(out[0, 2]).all()
+
+
+def test_a_mask_shared_by_all_queries_is_read_once_per_key():
+    """A row stride of zero, as a key-padding mask has."""
+    forward, _ = programs(batch=(2,), tq=30, tk=110, d=8, dv=8, mask="bool")
+    kernel = forward.kernels[0]
+    mask = dataclasses.replace(kernel.mask, strides=(*kernel.mask.strides[:-2], 0, 1))
+    forward = dataclasses.replace(forward, kernels=(dataclasses.replace(kernel, mask=mask),))
+    rng = np.random.default_rng(3)
+    inputs = [rng.standard_normal(forward.buffers[i].shape).astype("f") for i in range(3)]
+    keep = rng.random((30, 110)) < 0.6
+    got = CpuExecutable(forward)([*inputs, keep])
+    for g, w in zip(got, interpret.run(forward, [*inputs, keep])):
+        np.testing.assert_allclose(g, w, rtol=2e-5, atol=2e-5)
