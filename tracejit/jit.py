@@ -24,6 +24,7 @@ from tracejit.compilation import Entry, compile_entry
 from tracejit.config import log, log_enabled
 from tracejit.environment import FrozenValueWarning, RandomStates, snapshot
 from tracejit.errors import TraceError, TracingError, hide_internal_frames
+from tracejit.forking import gate
 from tracejit.graph import Graph
 from tracejit.inspection import Inspection
 from tracejit.profile import Profile, profile_call
@@ -275,7 +276,7 @@ class TracedFunction:
         static: tuple[Any, ...],
         seen: list[Entry] | None,
     ) -> Entry:
-        with self._lock:
+        with gate, self._lock:
             for entry in self._cache.get(key, ()):  # another thread may have traced it while we waited
                 if entry.matches(leaves):
                     self._hits += 1

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tracejit.forking import gate
 from tracejit_cpu.host import host, llvm, once, target_machine
 
 _MAGIC = b"tracejit-obj-1\n"
@@ -213,7 +214,7 @@ def to_object(ir: str, level: int = 2) -> bytes:
     Raises:
         RuntimeError: the IR is malformed (a bug in this package).
     """
-    with _lock:
+    with gate, _lock:
         module = _prepared(ir)
         if os.environ.get("TRACEJIT_CPU_VERIFY"):
             module.verify()
@@ -222,7 +223,7 @@ def to_object(ir: str, level: int = 2) -> bytes:
 
 def to_assembly(ir: str) -> str:
     """The assembly of the same pipeline, for ``inspect()``."""
-    with _lock:
+    with gate, _lock:
         return target_machine().emit_assembly(_prepared(ir))
 
 
@@ -245,7 +246,7 @@ class Loaded:
 
     def __init__(self, code: bytes, symbols: Mapping[str, int] | None = None) -> None:
         binding = llvm()
-        with _lock:
+        with gate, _lock:
             for name, address in (symbols or {}).items():
                 binding.add_symbol(name, address)
             empty = binding.parse_assembly(f'target triple = "{host().triple}"\n')

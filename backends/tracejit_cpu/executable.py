@@ -17,6 +17,7 @@ import numpy as np
 
 from tracejit.backend import Timing
 from tracejit.events import KernelInfo
+from tracejit.forking import gate
 from tracejit.program import AttentionKernel, Buffer, ContractKernel, LoopKernel, OpKernel, Program
 from tracejit_cpu import codecache, entry, hostops, micro, plan, runtime
 from tracejit_cpu.compiler import CompiledProgram, HostStep, Segment, build, compile_program
@@ -241,7 +242,7 @@ class CpuExecutable:
 
     def _first(self, inputs: Sequence[Any]) -> list[Any]:
         """The first call: allocate memory, make the native entry, start the workers."""
-        with self._lock:
+        with gate, self._lock:
             if self._entry is None and len(self.steps) == 1 and self.segments and entry.available():
                 if self._threads[0] > 1:
                     runtime.pool().start()

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import threading
 
+from tracejit.forking import gate
+
 _lock = threading.Lock()
 _started = False
 
@@ -27,15 +29,16 @@ def start() -> None:
 
 def _load() -> None:
     try:
-        from tracejit_cpu import host
+        with gate:
+            from tracejit_cpu import host
 
-        host.llvm()
-        from tracejit_cpu import entry, runtime
+            host.llvm()
+            from tracejit_cpu import entry, runtime
 
-        runtime.pool()
-        entry.available()
-        from tracejit_cpu import executable
+            runtime.pool()
+            entry.available()
+            from tracejit_cpu import executable
 
-        executable.driver_address()
+            executable.driver_address()
     except Exception:
         pass

@@ -62,7 +62,7 @@ class WgpuBackend:
         try:
             found = adapters.adapters()
         except DeviceError as error:
-            return [DeviceInfo("wgpu", "wgpu", "unknown", False, "wgpu does not load", str(error))]
+            return [DeviceInfo("wgpu", "wgpu", "unknown", False, "not usable in this process", str(error))]
         if not found:
             return [DeviceInfo("wgpu", "wgpu", "gpu", False, "no GPU adapter", adapters.install_hint())]
         out = []

@@ -42,6 +42,21 @@ _BACKENDS = ("Vulkan", "Metal", "D3D12")
 
 _lock = threading.Lock()
 _found: list[Adapter] | None = None
+_forked = False
+
+FORKED = "a process forked from one that used a GPU cannot use it: the driver's threads stayed in the parent"
+FORK_HINT = 'start it with multiprocessing.get_context("spawn"), or use device="cpu" in it'
+
+
+def _in_child() -> None:
+    """After a fork. What the parent found is kept, not freed: its destructors would wait for threads that are gone."""
+    global _forked, _lock
+    _lock = threading.Lock()
+    _forked = _forked or _found is not None
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_in_child)
 
 
 @dataclass(frozen=True)
@@ -71,8 +86,13 @@ def quiet() -> None:
 
 
 def adapters() -> list[Adapter]:
-    """All usable adapters, best first; the empty list without a driver. Enumerated once per process."""
+    """All usable adapters, best first; the empty list without a driver. Enumerated once per process.
+
+    Raises DeviceError in a process that was forked from one that used a GPU: the driver's threads stayed there.
+    """
     global _found
+    if _forked:
+        raise DeviceError.make(FORKED, op="device", hint=FORK_HINT)
     with _lock:
         if _found is None:
             _found = _enumerate()

@@ -176,7 +176,9 @@ class Pool:
 def lost(message: str) -> DeviceError:
     """The error for anything that needs a device that is gone."""
     from tracejit.errors import DeviceLostError
+    from tracejit_wgpu import adapters
 
+    hint = "arrays that lived on it are gone; the next call starts it anew"
     return DeviceLostError.make(
-        message, op="wgpu", hint="arrays that lived on it are gone; the next call starts it anew"
+        message, op="wgpu", hint=adapters.FORK_HINT if message is adapters.FORKED else hint
     )

@@ -342,6 +342,19 @@ _lock = threading.RLock()
 _runtimes: dict[str, Runtime] = {}
 
 
+def _in_child() -> None:
+    """After a fork the devices are dead here. Nothing of theirs is dropped: the driver would wait for lost threads."""
+    global _lock
+    _lock = threading.RLock()
+    for rt in _runtimes.values():
+        rt.dead = adapters.FORKED
+        rt.lock = threading.RLock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_in_child)
+
+
 def get(spec: str = "") -> Runtime:
     """The runtime of a device spec (what follows ``wgpu:``), started on first use and after a loss."""
     key = f"{spec}|{os.environ.get('TRACEJIT_WGPU_ADAPTER', '')}|{os.environ.get('TRACEJIT_WGPU_LIMITS', '')}"

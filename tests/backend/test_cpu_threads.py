@@ -201,6 +201,35 @@ def test_fork_while_another_thread_runs_a_program():
     )
 
 
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
+def test_fork_while_other_threads_trace_and_compile():
+    """A lock that is held in another thread, LLVM's included, stays held in the child for ever."""
+    script(
+        """
+        stop = False
+        def compile_things():
+            i = 0
+            while not stop:
+                i += 1
+                tj.trace(lambda x, i=i: np.tanh(x @ x.T) * float(i) + np.sin(x)[: i % 7 + 1].sum())(x)
+        workers = [threading.Thread(target=compile_things) for _ in range(2)]
+        for worker in workers:
+            worker.start()
+        for k in range(12):
+            time.sleep(0.003 * k)
+            child = os.fork()
+            if child == 0:
+                signal.alarm(30)
+                tj.trace(lambda x: np.cos(x @ x.T).sum())(x)
+                os._exit(0 if same() else 1)
+            assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+        stop = True
+        for worker in workers:
+            worker.join()
+        """
+    )
+
+
 @pytest.mark.parametrize("mode", MODES)
 def test_exit_while_a_daemon_thread_runs_programs(mode):
     out = script(

@@ -255,6 +255,34 @@ def test_a_loss_while_training_and_while_reading() -> None:
         np.testing.assert_allclose(np.asarray(got), want, rtol=1e-6)
 
 
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
+def test_a_forked_child_is_told_that_the_gpu_stayed_with_its_parent() -> None:
+    code = """
+import os, warnings
+import numpy as np, tracejit as tj
+warnings.simplefilter("ignore")
+x = np.arange(6, dtype=np.float32)
+f = tj.trace(lambda x: x * 2)
+kept = f(x, device="wgpu")
+child = os.fork()
+if child == 0:
+    for use in (lambda: f(x, device="wgpu"), lambda: np.asarray(kept), lambda: tj.trace(np.sin)(x, device="wgpu")):
+        try:
+            use()
+            print("no error")
+        except tj.DeviceError as error:
+            assert "forked" in str(error) and "spawn" in str(error), error
+    assert f(x, device="cpu")[3] == 6
+    assert not [d for d in tj.devices() if d.backend == "wgpu" and d.available]
+    print("child done", flush=True)
+    os._exit(0)
+assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+assert f(x, device="wgpu")[3] == 6
+"""
+    done = python(code)
+    assert done.returncode == 0 and done.stdout == "child done\n", done.stderr
+
+
 def test_devices_never_raises_when_wgpu_is_broken(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(adapters, "_found", None)
     monkeypatch.setitem(sys.modules, "wgpu", None)
