@@ -15,7 +15,7 @@ import synth
 
 from tracejit import events
 from tracejit_viz import place, wire
-from tracejit_viz.client import LiveObserver, start_viewer
+from tracejit_viz.client import LIGHT_RATE, LiveObserver, start_viewer
 from tracejit_viz.errors import NoDisplayError, ViewerError
 from tracejit_viz.hub import Hub
 from tracejit_viz.plugin import Viewer
@@ -196,6 +196,28 @@ def test_timing_kernels_takes_a_small_part_of_the_time(hub, small_event, monkeyp
     observer.close()
 
 
+def test_the_program_is_left_alone_between_two_looks(hub, small_event, monkeypatch):
+    """Most calls of a fast program are not even told to the observer; unknown programs and due steps always are."""
+    now = [100.0]
+    monkeypatch.setattr("tracejit_viz.client.time.monotonic", lambda: now[0])
+    observer = LiveObserver(spawn=False)
+    observer.on_compile(small_event)
+    step = dataclasses.replace(synth.step_event(small_event, 0), begin=0, finish=2_000_000)
+    told = 0
+    for k in range(1500):
+        now[0] += 0.002
+        if observer.resting(1):
+            assert k > 500  # a short run is told whole
+            continue
+        told += k > 500
+        assert not observer.resting(2)
+        observer.on_step(dataclasses.replace(step if observer.timed(1) else untimed(step), step=k))
+    assert 100 < told < 350
+    now[0] += 0.01
+    assert not observer.resting(1) and observer._held[False].step > 1490
+    observer.close()
+
+
 def test_untimed_steps_feed_the_curve_and_the_clock_only(hub, small_event):
     observer = LiveObserver(spawn=False)
     observer.on_compile(small_event)
@@ -205,7 +227,7 @@ def test_untimed_steps_feed_the_curve_and_the_clock_only(hub, small_event):
             synth.step_event(small_event, k, begin=time.perf_counter_ns()), loss=1.0 / k
         )
         observer.on_step(untimed(event))
-        time.sleep(0.11)
+        time.sleep(1.1 / LIGHT_RATE)
     observer.close()
     pump(hub, lambda: hub.trainers and not hub.trainers[0].alive)
     session = hub.trainers[0].sessions[1]

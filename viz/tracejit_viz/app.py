@@ -28,16 +28,19 @@ from .hub import Hub
 from .layout.compound import LayoutCache
 from .model import FORWARD, GRADIENT, OPTIMIZER
 from .scene import Scene
+from .spare import Manners, Spare
 from .ui import UiState
 
 FPS = 60
-#: While a program runs and nobody touches the window, drawing may take this part of the machine: the program needs it.
-POLITE_SHARE = 0.006
+#: While a program keeps every core busy and nobody touches the window, drawing may take this part of the machine: a
+#: program that runs on all cores in step loses as much time as any one of them does.
+POLITE_SHARE = 0.004
 POLITE_FPS = (3, 30)
+FREE_CORES = 0.9  # idle cores from which on drawing is in nobody's way
 IDLE_FPS = 8
-REFRESH = (
-    40.0  # seconds between new pictures of the page for the sake of its times: costly, and they change slowly
-)
+LISTEN = 0.17  # seconds after which even a sleeping window notices a touch
+#: Seconds between new pictures of the page for the sake of its times: costly, and they change less and less.
+REFRESH = (20.0, 320.0)
 TOUCHED = 1.5  # seconds after the last input during which the window runs at full speed
 END_PAUSE = 0.6  # seconds at the end of a replay before the next one
 
@@ -75,10 +78,12 @@ class App(Actions):
         *,
         hub: Hub | None = None,
         trainers: list[Trainer] | None = None,
+        manners: Manners | None = None,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self.screen, self.hub, self.clock = screen, hub, clock
         self._own = trainers or []
+        self._manners = manners  # only of a window that has a process of its own
         self.window = Window()
         self.window.layout(screen.get_size())
         self.ui = UiState(live=hub is not None)
@@ -98,7 +103,10 @@ class App(Actions):
         self._gif_next = 0.0
         self._busy_until = clock() + TOUCHED
         self._drawn = -2
-        self._refresh_at = 0.0
+        self._refresh_at = clock() + REFRESH[0]
+        self._refresh = REFRESH[0]
+        self._spare = Spare()
+        self._changed: list[pygame.Rect] | None = None  # of the last frame; None: everything
         self._cost = 0.003  # seconds of processor time for a frame, smoothed
         self._title = ""
         programs = self.programs()
@@ -168,29 +176,42 @@ class App(Actions):
     # -- one frame -----------------------------------------------------------------------------------------------------
     def run(self, frames: int | None = None) -> None:
         """The main loop; ``frames`` limits it for tests and benchmarks."""
-        tick = pygame.time.Clock()
         while self.running and (frames is None or frames > 0):
-            spent = time.process_time()
+            spent, begun = time.process_time(), time.perf_counter()
             if self.frame(pygame.event.get()):
-                pygame.display.flip()
+                if self._changed is None:
+                    pygame.display.flip()
+                else:
+                    pygame.display.update(self._changed)
                 self._cost += 0.1 * (time.process_time() - spent - self._cost)
-            tick.tick(self.frame_rate())
+            self._pause(begun + 1.0 / self.frame_rate())
             if frames is not None:
                 frames -= 1
+
+    def _pause(self, until: float) -> None:
+        """Sleep until the next frame is due, or somebody touches the window."""
+        while (left := until - time.perf_counter()) > 0:
+            time.sleep(min(left, LISTEN))
+            if left > LISTEN and pygame.event.peek():
+                return
 
     def frame_rate(self) -> int:
         """Frames per second that the present moment deserves."""
         now = self.clock()
-        if now < self._busy_until or self.camera.flying or self._gif is not None:
+        if self._touched(now):
             return FPS
         playing = self.ui.playing and self.ui.step is not None
         drawing = self.window.graph is None or not self.window.graph.sharp
         if not (drawing or playing or self.ui.typing):
             return IDLE_FPS
-        if not self.ui.live:
+        if not self.ui.live or self._spare.update() >= FREE_CORES:
             return FPS
         share = POLITE_SHARE * (os.cpu_count() or 1)
         return int(min(POLITE_FPS[1], max(POLITE_FPS[0], share / max(1e-4, self._cost))))
+
+    def _touched(self, now: float) -> bool:
+        """True while somebody looks at the window so closely that every frame counts."""
+        return now < self._busy_until or self.camera.flying or self._gif is not None
 
     def frame(self, events: list[pygame.event.Event]) -> bool:
         """Handle events, advance time, draw. False when nothing can have changed and nothing was drawn."""
@@ -210,7 +231,12 @@ class App(Actions):
         self._drawn = self.ui.session.revision if self.ui.session is not None else -1
         self.ui.programs = tuple(s.name for _, s in self.programs())
         self.ui.program = next((i for i, (_, s) in enumerate(self.programs()) if s is self.ui.session), 0)
-        self.window.draw(self.screen, self.ui, self.scene, self.camera, now, self.mouse)
+        calm = self.ui.live and not self._touched(now) and not self.ui.typing
+        if self._manners is not None:
+            self._manners.stand_back(calm)
+        self._changed = self.window.draw(
+            self.screen, self.ui, self.scene, self.camera, now, self.mouse, calm=calm
+        )
         self._caption()
         if self._gif is not None:
             self._gif_frame(now)
@@ -220,7 +246,7 @@ class App(Actions):
         """True while the picture on screen stays right: paused, untouched, nothing new from the program."""
         ui, graph = self.ui, self.window.graph
         moving = ui.playing and ui.step is not None
-        if moving or ui.typing or self._gif is not None or self.camera.flying or now < self._busy_until:
+        if moving or ui.typing or self._touched(now):
             return False
         if now < ui.toast_until + 0.5 or (ui.step is not None and ui.step.nan_node is not None):
             return False
@@ -278,7 +304,8 @@ class App(Actions):
                 self._use(session.last)
             ui.t = 0.0
             if self.window.graph is not None and now >= self._refresh_at:
-                self._refresh_at = now + REFRESH
+                self._refresh_at = now + self._refresh
+                self._refresh = min(REFRESH[1], 2 * self._refresh)
                 self.window.graph.refresh()
             return
         ui.t += dt * 1e9 * ui.speed

@@ -32,11 +32,13 @@ if TYPE_CHECKING:
     from tracejit.events import CompileEvent, KernelInfo, StepEvent
 
 MAX_RATE = 30.0  # timed steps per second
-LIGHT_RATE = 10.0  # steps without kernel times per second: loss curve, step rate
+LIGHT_RATE = 4.0  # steps without kernel times per second: loss curve, step rate
 BUDGET = 0.002  # part of the program's time that timing its kernels may take
 LONGEST = 10.0  # seconds between timed steps at most
 RETRY = 0.05  # seconds between attempts to connect
 POLL = 0.05  # seconds between looks for requests
+REST = 0.01  # seconds between calls that are told to the observer at all, once a program has run for SETTLED seconds
+SETTLED = 1.0
 GIVE_UP = 15.0  # seconds to wait for a viewer that was started
 EXIT_WAIT = 6.0  # seconds granted at exit to hand over the last step
 QUEUE_LIMIT = 64 << 20
@@ -104,7 +106,9 @@ class LiveObserver:
         self._asked_source: list[tuple[int, int]] = []
         self._known: set[int] = set()
         self._next_try = self._next_step = self._next_light = self._next_poll = self._next_timed = 0.0
-        self._skipped: dict[int, int] = {}
+        self._rest_until = 0.0
+        self._rest_from: dict[int, float] = {}
+        self._last_sent: dict[int, int] = {}  # step
         self._held: dict[bool, StepEvent] = {}  # the newest step with kernel times (True) and without (False)
         self._plain: dict[int, float] = {}  # seconds of a call that is not timed
         self._dead = False
@@ -156,6 +160,12 @@ class LiveObserver:
             return True
         return now >= self._next_timed and math.isfinite(known)
 
+    def resting(self, program: int) -> bool:
+        """Between two looks at the clock the program is left alone: even a few lines of Python that have been pushed out
+        of the processor's caches by the program take 20 us. The last step it learns of is at most 0.01 s from the end.
+        """
+        return time.monotonic() < self._rest_until and program in self._rest_from
+
     def _look(self) -> float:
         """Read the viewer's requests a few times a second; the time."""
         now = time.monotonic()
@@ -178,7 +188,8 @@ class LiveObserver:
         self._account(event, whole, now)
         if not urgent and now < (self._next_step if whole else self._next_light):
             self._held[whole] = event
-            self._skipped[event.program] = self._skipped.get(event.program, 0) + 1
+            if now > self._rest_from.setdefault(event.program, now + SETTLED):
+                self._rest_until = min(now + REST, self._next_light, self._next_timed)
             return
         if not self.alive or not self._lock.acquire(blocking=False):
             return
@@ -192,7 +203,6 @@ class LiveObserver:
                 self._queue_bytes(wire.values_frame(event.program, node, summarize(array, event.step)))
             if not self._pump() and not urgent:
                 self.dropped += 1
-                self._skipped[event.program] = self._skipped.get(event.program, 0) + 1
                 return
             self._send_step(event, whole)
             if whole:  # sending is part of the price
@@ -227,7 +237,7 @@ class LiveObserver:
             return
         with self._lock:
             for event in sorted(self._held.values(), key=lambda e: e.step):
-                self._queue_bytes(bytes(self._encoder.encode(event, self._skipped.pop(event.program, 0))))
+                self._queue_bytes(bytes(self._encode(event)))
             self._held.clear()
             self._queue_bytes(wire.pack(wire.BYE))
             end = time.monotonic() + EXIT_WAIT
@@ -238,7 +248,7 @@ class LiveObserver:
 
     # -- plumbing ----------------------------------------------------------------------------------------------------
     def _send_step(self, event: StepEvent, whole: bool) -> None:
-        frame = self._encoder.encode(event, self._skipped.pop(event.program, 0))
+        frame = self._encode(event)
         if self._socket is None or self._queue:
             if event.nan_node is not None:
                 self._queue_bytes(bytes(frame))
@@ -258,6 +268,12 @@ class LiveObserver:
         if n < len(frame):  # the rest must follow before anything else
             self._queue.appendleft(memoryview(bytes(frame[n:])))
             self._queued += len(frame) - n
+
+    def _encode(self, event: StepEvent) -> memoryview:
+        """The frame of a step, which also says how many were left out since the one before."""
+        before = self._last_sent.get(event.program, event.step - 1)
+        self._last_sent[event.program] = event.step
+        return self._encoder.encode(event, max(0, event.step - before - 1))
 
     def _queue_bytes(self, data: bytes) -> None:
         self._queue.append(memoryview(data))

@@ -5,7 +5,6 @@ Listens before it opens the window, so that the trainer can connect while pygame
 
 from __future__ import annotations
 
-import contextlib
 import os
 import sys
 
@@ -21,29 +20,20 @@ def main() -> int:
         hub = Hub(place.meeting_dir())
         if not hub.listening:
             return 0
-        _be_polite()
         try:
             from .app import App, default_size, open_screen
+            from .spare import Manners
 
             screen = open_screen(_size() or (1600, 900))
             if _size() is None:
                 screen = open_screen(default_size())
-            App(screen, hub=hub).run()
+            App(screen, hub=hub, manners=Manners()).run()
         finally:
             hub.close()
     except ViewerError as error:
         print(error, file=sys.stderr)
         return 1
     return 0
-
-
-def _be_polite() -> None:
-    """The program being watched comes first."""
-    if hasattr(os, "nice"):
-        os.nice(19)
-    if sys.platform == "linux":  # never interrupt a running thread just because a frame is due
-        with contextlib.suppress(OSError):
-            os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
 
 
 def _size() -> tuple[int, int] | None:

@@ -38,7 +38,7 @@ from .theme import (
 
 Zone = tuple[pygame.Rect, Action]
 EDGE = 20
-REFRESH = 0.7  # seconds between looks at the numbers of a running program
+REFRESH, CALM_REFRESH = 0.7, 3.0  # seconds between looks at the numbers of a running program
 TALLEST = 2400
 
 
@@ -126,11 +126,17 @@ class Inspector:
         scene: Scene | None,
         clock: float,
         map_height: int,
-    ) -> None:
-        """Blit the panel into ``rect``, leaving ``map_height`` pixels at its foot for the minimap."""
-        self.zones = []
+        *,
+        calm: bool = False,
+        kept: bool = False,
+    ) -> bool:
+        """Blit the panel into ``rect``, leaving ``map_height`` pixels at its foot for the minimap.
+
+        ``calm``, ``kept`` and the answer are as in :meth:`TopBar.draw`.
+        """
         if rect[2] <= 0:
-            return
+            self.zones = []
+            return False
         s = ui.session
         values = None
         if s is not None and scene is not None and ui.selected is not None and ui.selected < len(scene.items):
@@ -149,11 +155,14 @@ class Inspector:
         live = (s.revision if s else 0, id(ui.step))
         if (
             key != self._key
-            or (live != self._live and not 0 <= clock - self._painted < REFRESH)
+            or (live != self._live and not 0 <= clock - self._painted < (CALM_REFRESH if calm else REFRESH))
             or self._picture is None
         ):
             self._key, self._live, self._painted = key, live, clock
             self._picture = self._paint(rect[2], ui, scene, values)
+        elif kept:
+            return False
+        self.zones = []
         room = pygame.Rect(rect[0], rect[1], rect[2], max(10, rect[3] - map_height))
         ui.scroll = max(0, min(ui.scroll, self.content_height - room.h + 10))
         screen.fill(PANEL, pygame.Rect(rect))
@@ -167,6 +176,7 @@ class Inspector:
             moved = r.move(rect[0], rect[1] - ui.scroll)
             if room.colliderect(moved):
                 self.zones.append((moved, action))
+        return True
 
     def _paint(self, w: int, ui: UiState, scene: Scene | None, values: NodeValues | None) -> pygame.Surface:
         c = Canvas(w, self._tall, self.fonts, background=PANEL)

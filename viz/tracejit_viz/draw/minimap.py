@@ -23,6 +23,7 @@ class Minimap:
         self.rect = pygame.Rect(0, 0, 0, 0)
         self.k = 1.0
         self._lit = np.zeros(0, bool)
+        self._shown: object = None
 
     def height(self, width: int, scene: Scene | None) -> int:
         """Pixels the map wants at a width."""
@@ -38,12 +39,14 @@ class Minimap:
         moment: Moment | None,
         camera: Camera,
         view: pygame.Rect,
-    ) -> None:
-        """Draw into ``area`` (the foot of the side panel)."""
+        *,
+        kept: bool = False,
+    ) -> bool:
+        """Draw into ``area`` (the foot of the side panel). With ``kept`` it may be on screen already: False then."""
         w, h = scene.page.width, scene.page.height
         if w <= 0 or h <= 0 or area.h < 50:
             self.rect = pygame.Rect(0, 0, 0, 0)
-            return
+            return False
         inner = pygame.Rect(area.x + PAD, area.y + 30, area.w - 2 * PAD, area.h - 44)
         self.k = min(inner.w / w, inner.h / h)
         self.rect = pygame.Rect(0, 0, max(2, round(w * self.k)), max(2, round(h * self.k)))
@@ -52,6 +55,11 @@ class Minimap:
         if key != self._key:
             self._key = key
             self._paint(scene)
+        state = None if moment is None else (moment.state.tobytes(), moment.active.tobytes())
+        shown = (key, tuple(area), state, camera.x, camera.y, camera.zoom, tuple(view))
+        if kept and shown == self._shown:
+            return False
+        self._shown = shown
         screen.fill(PANEL, area)
         screen.fill(LINE, (area.x + PAD, area.y + 4, area.w - 2 * PAD, 1))
         label = self.fonts.render("MAP", 10, FAINT, weight=BOLD)
@@ -83,6 +91,7 @@ class Minimap:
             max(4, round(view.h / camera.zoom * self.k)),
         ).clip(self.rect.inflate(12, 12))
         pygame.draw.rect(screen, ACCENT, frame, 1, border_radius=4)
+        return True
 
     def page_point(self, pos: tuple[int, int]) -> tuple[float, float]:
         """Page point under a pixel of the map."""

@@ -28,7 +28,8 @@ class Overlay:
 
     def __init__(self, fonts: Fonts, sprites: Sprites) -> None:
         self.fonts, self.sprites = fonts, sprites
-        self._paths: dict[tuple[int, tuple[int, int]], tuple[np.ndarray, np.ndarray]] = {}
+        self._crossed_key: object = None
+        self._crossed: list[int] = []
 
     def _box(
         self, scene: Scene, item: int, camera: Camera, view: pygame.Rect
@@ -173,11 +174,15 @@ class Overlay:
 
     def crossed(self, scene: Scene, edges: Iterable[tuple[int, int]]) -> list[int]:
         """Cards that lines drawn on top would cross out: all they pass over, and the ends they start from."""
+        pairs = tuple(edges)
+        key = (id(scene), scene.version, pairs)
+        if key == self._crossed_key:
+            return self._crossed
         hit: set[int] = set()
         rects = scene.rects[scene.shown]
         x0, y0 = rects[:, 0], rects[:, 1]
         x1, y1 = x0 + rects[:, 2], y0 + rects[:, 3]
-        for edge in edges:
+        for edge in pairs:
             line = scene.edge_path(edge)
             low, high = line.min(0), line.max(0)
             near = np.flatnonzero((x1 >= low[0]) & (x0 <= high[0]) & (y1 >= low[1]) & (y0 <= high[1]))
@@ -187,7 +192,8 @@ class Overlay:
             px, py = fine[:, :1], fine[:, 1:]
             inside = ((px >= x0[near]) & (px <= x1[near]) & (py >= y0[near]) & (py <= y1[near])).any(0)
             hit.update(int(i) for i in scene.shown[near[inside]])
-        return sorted(hit)
+        self._crossed_key, self._crossed = key, sorted(hit)
+        return self._crossed
 
     # -- pointing ----------------------------------------------------------------------------------------------------
     def outline(

@@ -12,6 +12,7 @@ from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pygame
 
 from .theme import TEXT, Color
@@ -142,11 +143,15 @@ class Fonts:
         from PIL import ImageDraw
 
         ImageDraw.Draw(mask).text((0, 0), text, fill=255, font=font)
-        small = mask.reduce(k).point(_GAMMA)
-        rgba = image.new("RGBA", small.size, (*color, 0))
-        rgba.putalpha(small)
-        return pygame.image.frombytes(rgba.tobytes(), rgba.size, "RGBA")
+        small = mask.reduce(k)
+        coverage = np.frombuffer(small.tobytes().translate(_GAMMA), np.uint8).reshape(
+            small.height, small.width
+        )
+        label = pygame.Surface(small.size, pygame.SRCALPHA)
+        label.fill((*color, 0))
+        pygame.surfarray.pixels_alpha(label)[:] = coverage.T
+        return label
 
 
 #: Light text on a dark ground looks thin when coverage is used as it is: lift the middle.
-_GAMMA = [round(255 * (i / 255) ** 0.80) for i in range(256)]
+_GAMMA = bytes(round(255 * (i / 255) ** 0.80) for i in range(256))

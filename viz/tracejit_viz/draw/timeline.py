@@ -31,6 +31,7 @@ class Timeline:
         self.rect = pygame.Rect(0, 0, 0, 0)
         self.span = 1.0
         self._lane_rows: dict[int, int] = {}
+        self._marks = pygame.Rect(0, 0, 0, 0)  # where the playhead and the running kernels were drawn
 
     def x_of(self, t: float) -> float:
         """Pixel (within the window) of a time in ns."""
@@ -41,16 +42,22 @@ class Timeline:
         return min(1.0, max(0.0, (x - self.rect.x - LEFT) / max(1, self.rect.w - LEFT - RIGHT))) * self.span
 
     def draw(
-        self, screen: pygame.Surface, rect: tuple[int, int, int, int], ui: UiState, clock: float
-    ) -> None:
-        """Blit the strip with the playhead at ``ui.t``."""
+        self,
+        screen: pygame.Surface,
+        rect: tuple[int, int, int, int],
+        ui: UiState,
+        clock: float,
+        *,
+        kept: bool = False,
+    ) -> pygame.Rect:
+        """Blit the strip with the playhead at ``ui.t``; with ``kept`` only what moves. Returns the part drawn."""
         self.rect = pygame.Rect(rect)
         if rect[3] <= 0:
-            return
+            return self.rect
         s, step = ui.session, ui.step
         key = (rect, id(s), id(step), step.step if step else -1)
         if key != self._key or self._past is None or self._future is None:
-            self._key = key
+            self._key, kept = key, False
             if s is None or step is None or not len(step.kernels):
                 self._past = self._future = self._empty(rect, s, step)
             else:
@@ -59,11 +66,18 @@ class Timeline:
                 self._future = self._paint(rect, s, step, False)
         if s is None or step is None or not len(step.kernels):
             screen.blit(self._past, self.rect.topleft)
-            return
+            return self.rect
         x = round(self.x_of(ui.t)) - self.rect.x
+        running = np.flatnonzero((step.start <= ui.t) & (ui.t < step.end))[:16]
+        ends = [self.rect.x + x - 17, self.rect.x + x + 17]
+        ends += [round(self.x_of(float(t))) for k in running for t in (step.start[k], step.end[k])]
+        marks = pygame.Rect(min(ends), self.rect.y, max(ends) - min(ends) + 3, self.rect.h)
+        part = marks.union(self._marks).clip(self.rect) if kept else self.rect
+        self._marks = marks
+        screen.set_clip(part)
         screen.blit(self._past, self.rect.topleft, (0, 0, x, rect[3]))
         screen.blit(self._future, (self.rect.x + x, self.rect.y), (x, 0, rect[2] - x, rect[3]))
-        self._now(screen, s, step, ui.t)
+        self._now(screen, s, step, running)
         px = self.rect.x + x
         top = self.rect.y
         glow = glow_disc(16, mix((0, 0, 0), ACCENT, 0.6))
@@ -71,10 +85,12 @@ class Timeline:
         screen.fill(ACCENT, (px - 1, top + 24, 2, rect[3] - 32))
         pygame.draw.polygon(screen, ACCENT, [(px - 7, top + 19), (px + 7, top + 19), (px, top + 30)])
         pygame.draw.aalines(screen, ACCENT, True, [(px - 7, top + 19), (px + 7, top + 19), (px, top + 30)])
+        screen.set_clip(None)
+        return part
 
-    def _now(self, screen: pygame.Surface, s: Session, step: Step, t: float) -> None:
+    def _now(self, screen: pygame.Surface, s: Session, step: Step, running: np.ndarray) -> None:
         """Brighten the kernels that run at the playhead."""
-        for k in np.flatnonzero((step.start <= t) & (t < step.end))[:16]:
+        for k in running:
             slot = s.slot.get(int(step.kernels[k]))
             if slot is None:
                 continue

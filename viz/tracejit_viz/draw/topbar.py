@@ -14,7 +14,7 @@ from .text import BOLD, MEDIUM, MONO, REGULAR, SEMIBOLD, UI, Fonts
 from .theme import ACCENT, CARD, CATEGORY, FAINT, GOOD, LINE, MUTED, PANEL, TEXT, WARM, mix
 
 Zone = tuple[pygame.Rect, Action]
-REFRESH = 0.25  # seconds between looks at the numbers of a running program
+REFRESH, CALM_REFRESH = 0.25, 1.0  # seconds between looks at the numbers of a running program
 
 
 class TopBar:
@@ -30,12 +30,22 @@ class TopBar:
         self.slider = pygame.Rect(0, 0, 0, 0)
 
     def draw(
-        self, screen: pygame.Surface, rect: tuple[int, int, int, int], ui: UiState, clock: float
-    ) -> None:
-        """Blit the bar, redrawing it when something it shows changed."""
+        self,
+        screen: pygame.Surface,
+        rect: tuple[int, int, int, int],
+        ui: UiState,
+        clock: float,
+        *,
+        calm: bool = False,
+        kept: bool = False,
+    ) -> bool:
+        """Blit the bar, redrawing it when something it shows changed (``calm``: not so often).
+
+        ``kept`` says that it is still on ``screen``. False when there was nothing to do.
+        """
         if rect[3] <= 0:
             self.zones = []
-            return
+            return False
         s = ui.session
         key = (
             rect,
@@ -55,11 +65,15 @@ class TopBar:
             ui.steps_total,
         )
         news = s.revision if s else 0
-        late = news != self._news and not 0 <= clock - self._painted < REFRESH
+        pause = CALM_REFRESH if calm else REFRESH
+        late = news != self._news and not 0 <= clock - self._painted < pause
         if key != self._key or late or self._picture is None:
             self._key, self._news, self._painted = key, news, clock
             self._picture = self._paint(rect, ui, clock)
+        elif kept:
+            return False
         screen.blit(self._picture, rect[:2])
+        return True
 
     def _paint(self, rect: tuple[int, int, int, int], ui: UiState, clock: float) -> pygame.Surface:
         w, h = rect[2], rect[3]

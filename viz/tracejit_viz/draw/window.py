@@ -39,6 +39,9 @@ class Window:
         self.graph: GraphView | None = None
         self.regions: Regions = divide(1920, 1080)
         self.moment: Moment | None = None
+        self._panels: object = (
+            None  # what the panels on screen were drawn for; None when something lies over them
+        )
 
     def layout(self, size: tuple[int, int], panels: str = "all") -> Regions:
         """Divide a window of this size."""
@@ -59,10 +62,20 @@ class Window:
         clock: float,
         mouse: tuple[int, int] | None = None,
         budget: float = 0.006,
-    ) -> None:
-        """Draw one frame. ``clock`` in seconds drives pulses and tokens only."""
+        calm: bool = False,
+    ) -> list[pygame.Rect] | None:
+        """Draw one frame; returns what changed on ``screen``, None for all of it. ``clock`` (seconds) drives pulses.
+
+        ``calm`` spares the processor: panels are looked at less often, and what is still on screen is left alone.
+        """
         self.layout(screen.get_size(), ui.panels)
         view = self.view
+        covered = bool(ui.sheet) or ui.hovered is not None or (bool(ui.toast) and clock < ui.toast_until)
+        panels = (
+            None if covered else (id(screen), screen.get_size(), ui.panels, ui.mode, id(scene), ui.scroll)
+        )
+        kept = calm and panels is not None and panels == self._panels
+        self._panels = panels
         if scene is None:
             screen.fill(BG, view)
             self._empty(screen, ui, view)
@@ -72,25 +85,32 @@ class Window:
             if ui.hovered is not None and mouse is not None and not ui.sheet:
                 self.sheets.hover(screen, scene, ui.hovered, mouse, view)
         screen.set_clip(None)
-        self.sheets.legend(screen, self.regions.legend, ui)
-        self.timeline.draw(screen, self.regions.timeline, ui, clock)
+        changed = [view]
+        if not kept:
+            self.sheets.legend(screen, self.regions.legend, ui)
+        changed.append(self.timeline.draw(screen, self.regions.timeline, ui, clock, kept=kept))
         side = self.regions.side
         map_height = self.minimap.height(side[2], scene) if side[2] and scene is not None else 0
         if side[3] < map_height + 240:
             map_height = 0
-        self.inspector.draw(screen, side, ui, scene, clock, map_height)
+        told = self.inspector.draw(screen, side, ui, scene, clock, map_height, calm=calm, kept=kept)
+        if told:
+            changed.append(pygame.Rect(side))
         if map_height and scene is not None:
             area = pygame.Rect(side[0] + 1, side[1] + side[3] - map_height, side[2] - 1, map_height)
-            self.minimap.draw(screen, area, scene, self.moment, camera, view)
+            if self.minimap.draw(screen, area, scene, self.moment, camera, view, kept=kept and not told):
+                changed.append(area)
         else:
             self.minimap.rect = pygame.Rect(0, 0, 0, 0)
-        self.topbar.draw(screen, self.regions.top, ui, clock)
+        if self.topbar.draw(screen, self.regions.top, ui, clock, calm=calm, kept=kept):
+            changed.append(pygame.Rect(self.regions.top))
         if ui.toast and clock < ui.toast_until:
             self.sheets.toast(screen, ui.toast, view)
         if ui.sheet == "help":
             self.sheets.help(screen)
         elif ui.sheet == "code":
             self.sheets.code(screen, ui)
+        return changed if kept else None
 
     def _graph(
         self,
