@@ -67,13 +67,12 @@ class AttentionCompiler(AttentionBase):
                         factors.append(exp_below(n, n.sub(before[v], shifts[v])))
                         fn.set(full, n.mul(fn.get(full, sums[v]), factors[v]), sums[v])
                     self._scale(fn, n, out, k.dv_dim, factors)
-                    for i, many in pieces(fn, "0", count, 2):
-                        for u in range(many):
-                            for v in range(self.nv):
-                                p = fn.gep(tile, fn.iadd(fn.imul(fn.iadd(i, u), nr), v * self.lanes), ty)
-                                e = exp_below(n, n.sub(fn.load(ty, p, self.lanes), shifts[v]))
-                                fn.store(ty, e, p, self.lanes)
-                                fn.set(full, n.add(fn.get(full, sums[v]), e), sums[v])
+                    with fn.loop(0, count) as i:
+                        for v in range(self.nv):
+                            p = fn.gep(tile, fn.iadd(fn.imul(i, nr), v * self.lanes), ty)
+                            e = exp_below(n, n.sub(fn.load(ty, p, self.lanes), shifts[v]))
+                            fn.store(ty, e, p, self.lanes)
+                            fn.set(full, n.add(fn.get(full, sums[v]), e), sums[v])
                     values = fn.gep(vc, fn.imul(key, self.vp), ty)
                     self._gather_keys(fn, values, self.vp, k.dv_dim, tile, count, out)
                 totals = [fn.get(full, s) for s in sums]
@@ -269,9 +268,8 @@ class AttentionCompiler(AttentionBase):
                 fn.store(ty, n.mul(e, n.sub(fn.load(ty, q, lanes), delta[v])), q, lanes)
 
         shared = self._open(fn, first, key, count)
-        for i, many in pieces(fn, "0", shared, 2):
-            for u in range(many):
-                one(fn.iadd(i, u), False)
+        with fn.loop(0, shared) as i:
+            one(i, False)
         if shared != count:
             with fn.loop(shared, count) as i:
                 one(i, True)
