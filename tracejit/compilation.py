@@ -18,6 +18,7 @@ from tracejit.callplan import builder
 from tracejit.config import log
 from tracejit.environment import Environment
 from tracejit.graph import Graph
+from tracejit.ops.composites import op_table
 from tracejit.passes import optimise
 from tracejit.program import Program
 from tracejit.state import state
@@ -181,14 +182,13 @@ class Entry:
 
     def compile_event(self) -> events.CompileEvent:
         """What observers get once: graph, kernels, op table."""
-        ops = {n.op.name: n.op.describe() for n in self.optimised.nodes}
         return events.CompileEvent(
             self.id,
             self.name,
             str(self.device),
             self.optimised.to_json(),
             tuple(self.executable.kernels),
-            ops,
+            op_table(self.optimised),
         )
 
     def announce(self, observer: events.Observer) -> None:

@@ -64,8 +64,8 @@ class CompileEvent:
     """Sent once per compiled program, before its first step.
 
     ``graph`` is the JSON form of the graph that executes (``Graph.to_json()``); node ids in ``kernels`` index it.
-    ``ops`` describes each op that occurs (category, meaning, formula, shape rule, gradient rule), so that a consumer
-    needs no op registry of its own.
+    ``ops`` describes each op that occurs (category, meaning, formula, shape rule, gradient rule), and each composite
+    under its name with a slash (``softmax/``), so that a consumer needs no op registry of its own.
     """
 
     program: int

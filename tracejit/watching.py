@@ -16,6 +16,7 @@ from typing import Any
 from tracejit import events
 from tracejit.errors import TraceError
 from tracejit.graph import Graph
+from tracejit.ops.composites import op_table
 
 _viewer: Any = None  # once found
 
@@ -82,8 +83,3 @@ def notebook_html(graph: Graph) -> str | None:
         f'src="data:image/png;base64,{data}"><figcaption><code>{name}</code>: {len(graph)} nodes. '
         "<code>.view()</code> opens it in a window.</figcaption></figure>"
     )
-
-
-def op_table(graph: Graph) -> dict[str, dict[str, str]]:
-    """The rows of the op table for the ops in ``graph``."""
-    return {n.op.name: n.op.describe() for n in graph.nodes}

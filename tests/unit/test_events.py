@@ -86,7 +86,7 @@ def test_kernels_cover_nodes_of_the_graph_that_was_sent(device: str) -> None:
     assert {i for i, n in enumerate(nodes) if n["op"] in ("tanh", "dot_general")} <= covered
     assert all(k.bytes >= 0 and k.flops >= 0 for k in compiled.kernels)
     assert any(k.flops > 0 for k in compiled.kernels)
-    assert {n["op"] for n in nodes} == set(compiled.ops)
+    assert {n["op"] for n in nodes} == {name for name in compiled.ops if not name.endswith("/")}
     assert all(
         {"category", "meaning", "formula", "shape_rule", "grad_rule"} <= set(row)
         for row in compiled.ops.values()

@@ -45,8 +45,8 @@ def op_entry(scene: Scene, item: Item) -> Mapping[str, str]:
     """The op table's entry for a card: of the composite's name for a collapsed scope, else of its op."""
     ops = scene.model.ops
     if item.kind == "group":
-        name = item.group[-1]
-        return ops.get(name) or ops.get(name.rstrip("0123456789_")) or {}
+        name = item.group[-1].partition(" #")[0]  # "linear #2" is the second call
+        return ops.get(f"{name}/") or ops.get(f"{name.rstrip('0123456789_')}/") or {}
     return ops.get(scene.model.nodes[item.head].op) or {}
 
 

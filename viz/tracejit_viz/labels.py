@@ -119,7 +119,7 @@ def exact_bits(value: object, dtype: str) -> str:
 
 def composite_category(name: str, categories: Iterable[str], ops: Mapping[str, Mapping[str, str]]) -> str:
     """The colour of a collapsed scope: what its name says it is, else its most telling op."""
-    known = ops.get(name, {}).get("category")
+    known = ops.get(f"{name}/", {}).get("category")
     if known:
         return known
     low = name.lower()
