@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import pygame
 import pytest
 import synth
@@ -9,7 +11,7 @@ from conftest import session_of
 
 from tracejit_viz import keys
 from tracejit_viz.app import App
-from tracejit_viz.history import Trainer
+from tracejit_viz.history import Session, Trainer
 from tracejit_viz.ui import SHORTCUTS, divide
 
 
@@ -283,6 +285,35 @@ def test_expand_and_fold_keys(grad_session):
     driver.key(pygame.K_r)
 
 
+def test_a_big_graph_is_laid_out_behind_the_window():
+    """Thousands of nodes: the window goes on, says what it waits for, and shows the newest wish in the end."""
+    session = Session({"graph": synth.chain_graph(3200)})
+    driver = Driver([Trainer("t", {1: session}, 1)])
+    app = driver.app
+    before = app.scene
+    cards = len(before.items)
+
+    def wait() -> None:
+        end = time.monotonic() + 60
+        while app._layout is not None and time.monotonic() < end:
+            driver.frame(dt=0.1)
+            time.sleep(0.005)
+
+    driver.key(pygame.K_e)
+    assert (
+        app.scene is before and "laying out 3 200 nodes" in app.ui.toast
+    )  # at once: nothing has changed yet
+    driver.frame()
+    wait()
+    assert app.scene is not before and len(app.scene.items) > cards
+    assert not any(it.kind == "group" for it in app.scene.items)
+    driver.key(pygame.K_e)
+    driver.key(pygame.K_e)  # a second thought before the first is ready
+    wait()
+    assert app.scene.choices.collapse is app.scene.relaid().choices.collapse
+    assert driver.app.window.graph.scene is app.scene
+
+
 def test_heat_maps_and_panels(driver):
     app = driver.app
     for mode in ("time", "memory", "op"):
@@ -463,6 +494,22 @@ def test_a_playing_window_is_polite_while_the_program_runs(driver):
     assert app.ui.playing and app.frame_rate() == 60  # a recording: nobody else needs the processor
     app.ui.live = True
     app._cost = 0.004
+    app._spare.cores, app._spare._seen = 0.1, (time.monotonic(), 0.0, 0.0)
     assert app.frame_rate() <= 30
     app._cost = 1.0
     assert app.frame_rate() == 3  # however slow the machine, the window lives
+    app._spare.cores = 1.2
+    assert app.frame_rate() == 60  # a core nobody uses
+
+
+def test_a_calm_window_leaves_its_panels_alone(driver):
+    """Nobody touches it, the program needs the processor: only what moves is drawn, and it is the same picture."""
+    app = driver.app
+    driver.settle(3.0)
+    app.ui.live = True
+    driver.frame()
+    driver.frame(dt=0.3)
+    assert app._changed is not None and sum(r.w * r.h for r in app._changed) < 0.85 * 1280 * 800
+    seen = pygame.surfarray.array3d(driver.screen)
+    app.window.draw(driver.screen, app.ui, app.scene, app.camera, driver.now, app.mouse)
+    assert (seen != pygame.surfarray.array3d(driver.screen)).any(2).mean() < 1e-4

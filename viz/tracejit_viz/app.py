@@ -27,6 +27,7 @@ from .history import Session, Trainer
 from .hub import Hub
 from .layout.compound import LayoutCache
 from .model import FORWARD, GRADIENT, OPTIMIZER
+from .relayout import Relayout
 from .scene import Scene
 from .spare import Manners, Spare
 from .ui import UiState
@@ -42,6 +43,7 @@ LISTEN = 0.17  # seconds after which even a sleeping window notices a touch
 #: Seconds between new pictures of the page for the sake of its times: costly, and they change less and less.
 REFRESH = (20.0, 320.0)
 TOUCHED = 1.5  # seconds after the last input during which the window runs at full speed
+BIG = 3000  # nodes from which on a new layout is made on a thread
 END_PAUSE = 0.6  # seconds at the end of a replay before the next one
 
 
@@ -109,6 +111,7 @@ class App(Actions):
         self._changed: list[pygame.Rect] | None = None  # of the last frame; None: everything
         self._cost = 0.003  # seconds of processor time for a frame, smoothed
         self._title = ""
+        self._layout: Relayout | None = None
         programs = self.programs()
         if programs:
             self.show_program(*programs[0])
@@ -226,6 +229,7 @@ class App(Actions):
             self._listen(now)
         self._advance(dt, now)
         self.camera.update(now)
+        self._take_layout(now)
         if self._still(now):
             return False
         self._drawn = self.ui.session.revision if self.ui.session is not None else -1
@@ -246,7 +250,7 @@ class App(Actions):
         """True while the picture on screen stays right: paused, untouched, nothing new from the program."""
         ui, graph = self.ui, self.window.graph
         moving = ui.playing and ui.step is not None
-        if moving or ui.typing or self._touched(now):
+        if moving or ui.typing or self._touched(now) or self._layout is not None:
             return False
         if now < ui.toast_until + 0.5 or (ui.step is not None and ui.step.nan_node is not None):
             return False
@@ -459,12 +463,49 @@ class App(Actions):
         self.rebuild(keep=at)
 
     def rebuild(self, keep: tuple[float, float] | None = None) -> None:
-        """Lay out again after opening or closing, keeping the selection and roughly the place."""
+        """Lay out again after opening or closing, keeping the selection and roughly the place.
+
+        A big graph takes seconds: it is done on a thread while the old page stays in use.
+        """
         if self.scene is None:
             return
-        node = self.scene.items[self.ui.selected].head if self.ui.selected is not None else None
-        old = (self.scene.page.width, self.scene.page.height)
+        if len(self.scene.model.nodes) > BIG:
+            if self._layout is None or self._layout.scene is not self.scene:
+                self._layout = Relayout(self.scene, keep, self.clock())
+            else:
+                self._layout.again = True
+            return
+        old = self.scene.page.width, self.scene.page.height
+        node = self._selected_node()
         self.scene.rebuild()
+        self._rebuilt(node, old, keep)
+
+    def _take_layout(self, now: float) -> None:
+        """Show the page a thread has laid out, or say that it is still at it."""
+        job = self._layout
+        if job is None:
+            return
+        if job.scene is not self.scene:  # another program is shown by now
+            self._layout = None
+        elif not job.done:
+            count = len(job.scene.model.nodes)
+            self.toast(f"laying out {count:,} nodes … {now - job.since:.0f} s".replace(",", " "), now, 0.3)
+        elif job.again:  # the choices have changed meanwhile
+            self._layout = Relayout(job.scene, None, job.since)
+        else:
+            self._layout = None
+            self.ui.toast_until = now
+            node, old = self._selected_node(), (job.scene.page.width, job.scene.page.height)
+            self.scene = self._scenes[id(job.scene.session)] = job.result()
+            self._rebuilt(node, old, job.keep)
+
+    def _selected_node(self) -> int | None:
+        if self.scene is None or self.ui.selected is None:
+            return None
+        return self.scene.items[self.ui.selected].head
+
+    def _rebuilt(self, node: int | None, old: tuple[float, float], keep: tuple[float, float] | None) -> None:
+        assert self.scene is not None
         self.ui.selected = self.scene.item_of(node) if node is not None else None
         self.ui.hovered = self.ui.second = self.ui.kernel = None
         self.ui.path = ""

@@ -6,6 +6,7 @@ it is tested without a window.
 
 from __future__ import annotations
 
+import copy
 from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -92,6 +93,13 @@ class Scene:
         self._item_count = np.array([len(it.nodes) for it in self.items], np.float64)
         self._timed = None
         self.version += 1
+
+    def relaid(self) -> Scene:
+        """Another scene with the present choices, laid out; this one can go on being drawn meanwhile (on a thread)."""
+        other = copy.copy(self)
+        other.choices, other._budget = copy.deepcopy(self.choices), dict(self._budget)
+        other.rebuild()
+        return other
 
     def _arrange(self) -> None:
         """Cards and their places. The first time, with as many cards as can be read; later with the same number."""
