@@ -12,6 +12,7 @@ from conftest import session_of
 from tracejit_viz import keys
 from tracejit_viz.app import App
 from tracejit_viz.history import Session, Trainer
+from tracejit_viz.magnify import default_scale
 from tracejit_viz.ui import SHORTCUTS, divide
 
 
@@ -419,6 +420,37 @@ def test_windows_of_every_size(small_trainer, size):
     driver.click((size[0] // 2, size[1] // 2))
     driver.frame(pygame.event.Event(pygame.MOUSEWHEEL, x=0, y=2))
     driver.settle(0.3)
+
+
+def test_everything_larger_on_a_screen_with_small_pixels(small_trainer, monkeypatch):
+    """Drawn at half the size and enlarged; clicks land where they are seen; Ctrl + and Ctrl - change it."""
+    driver = Driver([small_trainer], (2560, 1600))
+    monkeypatch.setenv("TRACEJIT_VIEW_SCALE", "2")
+    assert default_scale() == 2.0
+    monkeypatch.setenv("TRACEJIT_VIEW_SCALE", "a lot")
+    assert default_scale() == 1.0
+    app = driver.app
+    small = app.window.regions.side[2] / app.screen.get_width()
+    app.magnify(app.magnifier.window, 2.0)
+    driver.settle(1.0)
+    assert app.screen.get_size() == (1280, 800)
+    assert app.window.regions.side[2] / app.screen.get_width() == 2 * small
+    item = visible(driver, kind="node")
+    x, y = driver.at(item)
+    driver.click((2 * x, 2 * y))
+    assert app.ui.selected == item
+    app.magnifier.show(None)
+    whole = pygame.surfarray.array3d(driver.screen)
+    assert (whole[::2, ::2].astype(int) - pygame.surfarray.array3d(app.screen)).any()
+    driver.screen.fill(0)
+    app.magnifier.show([pygame.Rect(0, 0, 1280, 400), pygame.Rect(0, 400, 1280, 400)])
+    again = pygame.surfarray.array3d(driver.screen)
+    apart = abs(whole.astype(int) - again)  # in parts as at once, but for a fraction of a pixel
+    assert (apart > 40).any(2).mean() < 0.01
+    driver.key(pygame.K_MINUS, "-", pygame.KMOD_CTRL)
+    assert app.magnifier.scale == 1.75 and app.screen.get_width() == round(2560 / 1.75)
+    driver.key(pygame.K_0, "0", pygame.KMOD_CTRL)
+    assert app.screen is driver.screen
 
 
 def test_resizing_keeps_the_fit(driver):

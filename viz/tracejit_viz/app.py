@@ -26,6 +26,7 @@ from .fold import Choices
 from .history import Session, Trainer
 from .hub import Hub
 from .layout.compound import LayoutCache
+from .magnify import Magnifier, default_scale
 from .model import FORWARD, GRADIENT, OPTIMIZER
 from .relayout import Relayout
 from .scene import Scene
@@ -63,11 +64,13 @@ def open_screen(size: tuple[int, int]) -> pygame.Surface:
 
 
 def default_size() -> tuple[int, int]:
-    """Most of the screen, at most 1920 x 1080."""
+    """Most of the screen, at most 1920 x 1080 where pixels have their usual size."""
     try:
         w, h = pygame.display.get_desktop_sizes()[0]
     except (pygame.error, IndexError, AttributeError):
         w, h = 1920, 1080
+    if w >= 3840 and default_scale() > 1:
+        return int(w * 0.8), int(h * 0.8)
     return (min(1920, w), min(1080, h)) if w >= 1920 else (max(320, int(w * 0.94)), max(240, int(h * 0.88)))
 
 
@@ -81,13 +84,15 @@ class App(Actions):
         hub: Hub | None = None,
         trainers: list[Trainer] | None = None,
         manners: Manners | None = None,
+        scale: float = 1.0,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
-        self.screen, self.hub, self.clock = screen, hub, clock
+        self.magnifier = Magnifier(screen, scale)
+        self.screen, self.hub, self.clock = self.magnifier.screen, hub, clock
         self._own = trainers or []
         self._manners = manners  # only of a window that has a process of its own
         self.window = Window()
-        self.window.layout(screen.get_size())
+        self.window.layout(self.screen.get_size())
         self.ui = UiState(live=hub is not None)
         self.camera = Camera()
         self.scene: Scene | None = None
@@ -182,10 +187,7 @@ class App(Actions):
         while self.running and (frames is None or frames > 0):
             spent, begun = time.process_time(), time.perf_counter()
             if self.frame(pygame.event.get()):
-                if self._changed is None:
-                    pygame.display.flip()
-                else:
-                    pygame.display.update(self._changed)
+                self.magnifier.show(self._changed)
                 self._cost += 0.1 * (time.process_time() - spent - self._cost)
             self._pause(begun + 1.0 / self.frame_rate())
             if frames is not None:
@@ -320,6 +322,7 @@ class App(Actions):
     # -- events --------------------------------------------------------------------------------------------------------
     def handle(self, event: pygame.event.Event, now: float) -> None:
         """One pygame event."""
+        event = self.magnifier.translate(event)
         kind = event.type
         if kind == pygame.QUIT:
             self.running = False
@@ -342,10 +345,14 @@ class App(Actions):
 
     def _resized(self) -> None:
         surface = pygame.display.get_surface()
-        if surface is None:
-            return
-        self.screen = surface
-        self.window.layout(surface.get_size(), self.ui.panels)
+        if surface is not None:
+            self.magnify(surface, self.magnifier.scale)
+
+    def magnify(self, surface: pygame.Surface, scale: float) -> None:
+        """Use a window of another size, or show everything larger or smaller."""
+        self.magnifier.resize(surface, scale)
+        self.screen = self.magnifier.screen
+        self.window.layout(self.screen.get_size(), self.ui.panels)
         if self._fitted:
             self.fit(now=None)
 
@@ -410,7 +417,7 @@ class App(Actions):
             self.click(pos, shift=shift, double=double, now=now)
 
     def _wheel(self, event: pygame.event.Event, now: float) -> None:
-        pos = self.mouse or pygame.mouse.get_pos()
+        pos = self.mouse or (0, 0)
         if self.ui.sheet == "code":
             self.ui.code_scroll -= 3 * event.y
             return

@@ -50,11 +50,12 @@ def main_view(argv: Sequence[str] | None = None) -> int:
                 f"no display to open a window on. Make a picture instead: tracejit export {options.file} out.png"
             )
         from .app import App, default_size, open_screen
+        from .magnify import default_scale
 
         screen = open_screen(options.size or (1600, 900))
         if options.size is None:
             screen = open_screen(default_size())
-        app = App(screen, trainers=[trainer])
+        app = App(screen, trainers=[trainer], scale=default_scale())
         if options.speed:
             app._set_speed(options.speed)
         app.run()

@@ -12,6 +12,14 @@ if TYPE_CHECKING:
     from .app import App
 
 MODES = ("op", "time", "memory")
+ZOOM_KEYS = {
+    pygame.K_PLUS: 1,
+    pygame.K_EQUALS: 1,
+    pygame.K_KP_PLUS: 1,
+    pygame.K_MINUS: -1,
+    pygame.K_KP_MINUS: -1,
+    pygame.K_0: 0,
+}
 SHOWS = ("forward", "gradient", "both")
 
 
@@ -50,6 +58,10 @@ def press(app: App, event: pygame.event.Event, now: float) -> None:
         ui.sheet = "help"
     elif text == "/":
         ui.typing = True
+    elif event.mod & pygame.KMOD_CTRL and key in ZOOM_KEYS:
+        scale = app.magnifier.step(ZOOM_KEYS[key])
+        app.magnify(app.magnifier.window, scale)
+        app.toast(f"size {100 * scale:.0f} %", now, 1.5)
     elif text in ("+", "="):
         app.faster(1, now)
     elif text in ("-", "−", "_"):

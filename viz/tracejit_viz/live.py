@@ -22,12 +22,13 @@ def main() -> int:
             return 0
         try:
             from .app import App, default_size, open_screen
+            from .magnify import default_scale
             from .spare import Manners
 
             screen = open_screen(_size() or (1600, 900))
             if _size() is None:
                 screen = open_screen(default_size())
-            App(screen, hub=hub, manners=Manners()).run()
+            App(screen, hub=hub, manners=Manners(), scale=default_scale()).run()
         finally:
             hub.close()
     except ViewerError as error:

@@ -24,7 +24,7 @@ SHORTCUTS = (
     ("← →", "previous / next kernel"),
     ("Shift ← →", "previous / next recorded step"),
     ("Home End", "start / end of the step"),
-    ("+ −", "faster / slower"),
+    ("+ −", "faster / slower;  with Ctrl: everything larger / smaller"),
     ("L", "follow the training live"),
     ("F", "fit everything (again: fit the selection)"),
     ("wheel, drag", "zoom, pan"),
