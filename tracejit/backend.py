@@ -7,8 +7,6 @@ trace layer asks :func:`resolve` for the device of a call and hands a Program to
 from __future__ import annotations
 
 import contextlib
-import difflib
-import importlib.metadata
 import os
 import threading
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,6 +15,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
+from tracejit import plugins
 from tracejit.errors import DeviceError
 from tracejit.events import KernelInfo
 from tracejit.program import Capabilities, Program
@@ -80,8 +79,9 @@ class Backend(Protocol):
     ``priority`` decides the default device (highest wins; negative: never by default). ``on_host`` tells that results
     are NumPy arrays in host memory.
 
-    A backend may also have ``peaks(spec)``, measured (GFLOP/s, GB/s) for the "% peak" column of profiles, and, if it keeps
-    code on disk, ``cache_info()`` (a dict with ``path``, ``entries``, ``bytes``) and ``cache_clear()`` for
+    A backend may also have ``prepare(spec)``, called before a function is traced, so that it can load what it needs in a
+    thread of its own meanwhile; ``peaks(spec)``, measured (GFLOP/s, GB/s) for the "% peak" column of profiles; and, if it
+    keeps code on disk, ``cache_info()`` (a dict with ``path``, ``entries``, ``bytes``) and ``cache_clear()`` for
     ``tracejit cache``.
     """
 
@@ -143,7 +143,7 @@ def _discover() -> dict[str, Any]:
     global _entry_points
     with _lock:
         if _entry_points is None:
-            _entry_points = {e.name: e for e in importlib.metadata.entry_points(group="tracejit.backends")}
+            _entry_points = plugins.find("tracejit.backends")
         return _entry_points
 
 
@@ -160,6 +160,8 @@ def get_backend(name: str) -> Backend:
     with _lock:
         entry = _discover().get(name)
         if entry is None:
+            import difflib
+
             near = difflib.get_close_matches(name, backend_names(), 1)
             raise DeviceError.make(
                 f"unknown device {name!r}",
@@ -176,6 +178,13 @@ def get_backend(name: str) -> Backend:
             raise DeviceError.make(f"device {name!r} cannot be used: {_broken[name]}", op="device") from error
         _backends[name] = backend
         return backend
+
+
+def prepare(device: Device) -> None:
+    """Tell the backend of ``device`` that a program for it is on its way."""
+    start = getattr(device.backend, "prepare", None)
+    if start is not None:
+        start(device.spec)
 
 
 _resolved: dict[str | None, Device] = {}

@@ -13,7 +13,7 @@ import threading
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -26,13 +26,15 @@ from tracejit.environment import FrozenValueWarning, RandomStates, snapshot
 from tracejit.errors import TraceError, TracingError, hide_internal_frames
 from tracejit.forking import gate
 from tracejit.graph import Graph
-from tracejit.inspection import Inspection
-from tracejit.profile import Profile, profile_call
 from tracejit.signature import Static, check_leaf, difference, leaf_key, leaf_paths
 from tracejit.state import state
 from tracejit.tensor import Tensor
 from tracejit.tracing import Traced, trace_function
 from tracejit.trees import NAMESPACE, flatten_fast
+
+if TYPE_CHECKING:
+    from tracejit.inspection import Inspection
+    from tracejit.profile import Profile
 
 _ndarray = np.ndarray
 _RESERVED = ("device", "watch")
@@ -281,6 +283,7 @@ class TracedFunction:
                 if entry.matches(leaves):
                     self._hits += 1
                     return entry
+            _backend.prepare(key[1])
             paths = leaf_paths(args, kwargs, self._parameters)
             if log_enabled("retrace") and self._cache:
                 log("retrace", self._explain(key, leaves, paths, seen))
@@ -408,6 +411,8 @@ class TracedFunction:
 
     def profile(self, *args: Any, repeat: int = 20, **kwargs: Any) -> Profile:
         """Run the call ``repeat`` times under observation: a table of kernels with times; ``.to_chrome_trace(path)``."""
+        from tracejit.profile import profile_call
+
         entry, leaves = self._entry_for(args, kwargs)
         return profile_call(entry, leaves, repeat)
 

@@ -15,7 +15,7 @@ from tracejit import trees
 from tracejit.dtypes import canonical
 from tracejit.errors import DTypeError, ShapeError, TracingError, describe
 from tracejit.graph import MAX_BYTES
-from tracejit.tensor import Tensor, check_alive, check_int_range
+from tracejit.tensor import Tensor, check_alive, check_int_range, unlike_array
 
 
 class Static:
@@ -49,7 +49,7 @@ def leaf_key(leaf: Any, path: str) -> tuple[Any, Any]:
     Raises DTypeError/TypeError with the path of the argument for what cannot be an argument.
     """
     if isinstance(leaf, np.ndarray):
-        if isinstance(leaf, np.ma.MaskedArray | np.matrix):
+        if type(leaf) is not np.ndarray and unlike_array(leaf):
             raise DTypeError.make(
                 f"argument {path} is a {type(leaf).__name__}, whose semantics differ from ndarray's",
                 hint="pass np.asarray(x)",

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NoReturn
 
@@ -509,10 +510,19 @@ def check_int_range(value: Any, op: str) -> None:
         raise OverflowError(f"[{op}] Python integer {value} out of bounds for int64; at {_source.location()}")
 
 
+def unlike_array(value: np.ndarray) -> bool:
+    """Whether a subclass of ndarray follows other rules than its parent: a masked array or a matrix.
+
+    ``numpy.ma`` is looked up, not imported (12 ms): without it nothing can be a masked array.
+    """
+    masked = getattr(sys.modules.get("numpy.ma"), "MaskedArray", np.matrix)
+    return isinstance(value, masked | np.matrix)
+
+
 def as_array(value: Any, *, op: str = "") -> Any:
     """A NumPy or device array of a supported dtype; a clear DTypeError for objects, strings, ragged lists, ..."""
     if isinstance(value, np.ndarray):
-        if isinstance(value, np.ma.MaskedArray | np.matrix):
+        if type(value) is not np.ndarray and unlike_array(value):
             kind = type(value).__name__
             raise DTypeError.make(
                 f"a {kind} follows other rules than an array",

@@ -25,11 +25,15 @@ class CpuBackend:
     def capabilities(self, spec: str) -> Capabilities:
         """What steers the lowering."""
         from tracejit.program import Capabilities
-        from tracejit_cpu import preload
 
         self._check(spec)
-        preload.start()
         return Capabilities()
+
+    def prepare(self, spec: str) -> None:
+        """Begin to load LLVM: a program is about to be traced."""
+        from tracejit_cpu import preload
+
+        preload.start()
 
     def compile(self, program: Program, spec: str = "") -> CpuExecutable:
         """Compile a program for this machine."""

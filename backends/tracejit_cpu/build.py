@@ -1,6 +1,7 @@
 """Emits the code of a program: kernels to functions, equal ones once, consecutive native kernels in one LLVM module.
 
-``compiler.py`` calls :func:`build_parts` when a program is not in the disk cache, ``inspect()`` to show the code.
+``compiler.py`` calls :func:`build_parts` when a program is not in the disk cache, ``inspect()`` to show the code. The code
+generators of attention, products and single ops are imported by the first program that has any.
 """
 
 from __future__ import annotations
@@ -24,7 +25,6 @@ from tracejit.program import (
     OpKernel,
     Program,
 )
-from tracejit_cpu import attention, gemm, ops
 from tracejit_cpu.body import Local, localize
 from tracejit_cpu.compiler import HostStep, stable
 from tracejit_cpu.host import host
@@ -67,6 +67,8 @@ class KernelCompiler:
                 out.append(self._loop(local, self._aliased(local)))
             return out
         if isinstance(kernel, ContractKernel):
+            from tracejit_cpu import gemm
+
             for c in kernel.problems:
                 if gemm.prefers_loop(c):
                     out.append(self._loop(localize(gemm.as_loop(c, self.dtype), self.dtype)))
@@ -86,6 +88,8 @@ class KernelCompiler:
 
     def _attention(self, kernel: AttentionKernel) -> tuple[Compiled, list[int]]:
         """An attention kernel; equal heads of other layers share code."""
+        from tracejit_cpu import attention
+
         numbers: dict[int, int] = {}
         changes: dict[str, Any] = {"reads": (), "writes": (), "after": ()}
         for field_ in dataclasses.fields(kernel):
@@ -98,6 +102,8 @@ class KernelCompiler:
 
     def _op(self, kernel: OpKernel) -> list[tuple[Compiled, list[int]]]:
         """An op kernel; equal ones on other buffers share code."""
+        from tracejit_cpu import ops
+
         numbers: dict[int, int] = {}
 
         def rename(buffer: int) -> int:
@@ -133,6 +139,8 @@ class KernelCompiler:
 
     def _contract(self, c: Contract) -> tuple[Compiled, list[int]]:
         """A product; equal ones on other buffers share code."""
+        from tracejit_cpu import gemm
+
         numbers: dict[int, int] = {}
 
         def rename(access: Access) -> Access:
@@ -180,6 +188,8 @@ class KernelCompiler:
 def is_native(program: Program, kernel: Kernel) -> bool:
     """Whether this backend has a native lowering of the kernel."""
     if isinstance(kernel, OpKernel):
+        from tracejit_cpu import ops
+
         return ops.supports(kernel, lambda b: program.buffers[b].dtype)
     return isinstance(kernel, LoopKernel | ContractKernel | AttentionKernel)
 

@@ -12,15 +12,16 @@ import json
 import os
 import stat
 import sys
-import tempfile
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tracejit.forking import gate
 from tracejit_cpu.host import host, llvm, once, target_machine
+
+if TYPE_CHECKING:
+    from pathlib import Path  # imported at run time only for those who ask: it costs 5 ms
 
 _MAGIC = b"tracejit-obj-1\n"
 _LIMIT_BYTES = 512 << 20
@@ -46,33 +47,44 @@ _misses = 0
 def source_digest() -> str:
     """A digest of this package's sources and of LLVM's version: code made by other sources is never loaded."""
     digest = hashlib.sha256()
-    for path in sorted(Path(__file__).parent.glob("*.py")):
-        digest.update(path.read_bytes())
-    digest.update(repr(llvm().llvm_version_info).encode())
+    here = os.path.dirname(__file__)
+    for name in sorted(n for n in os.listdir(here) if n.endswith(".py")):
+        with open(os.path.join(here, name), "rb") as file:
+            digest.update(file.read())
+    digest.update(repr(llvm().version).encode())
     digest.update(host().key.encode())
     return digest.hexdigest()
 
 
 def cache_dir() -> Path | None:
     """The directory, from ``TRACEJIT_CACHE_DIR`` or the user's cache directory; None when set to ``off`` or ``0``."""
+    from pathlib import Path
+
+    found = _folder()
+    return None if found is None else Path(found)
+
+
+def _folder() -> str | None:
+    """As :func:`cache_dir`."""
     text = os.environ.get("TRACEJIT_CACHE_DIR")
     if text is not None and text.strip().lower() in ("", "0", "off", "none"):
         return None
     if text:
-        return Path(text) / "cpu"
+        return os.path.join(text, "cpu")
+    home = os.path.expanduser("~")
     if sys.platform == "win32":
-        base = Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local")
+        base = os.environ.get("LOCALAPPDATA") or os.path.join(home, "AppData", "Local")
     elif sys.platform == "darwin":
-        base = Path.home() / "Library" / "Caches"
+        base = os.path.join(home, "Library", "Caches")
     else:
-        base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return base / "tracejit" / "cpu"
+        base = os.environ.get("XDG_CACHE_HOME") or os.path.join(home, ".cache")
+    return os.path.join(base, "tracejit", "cpu")
 
 
-def _trusted(path: Path) -> bool:
+def _trusted(path: str) -> bool:
     """A real directory of ours that nobody else may write to or read."""
     try:
-        info = path.lstat()
+        info = os.lstat(path)
     except OSError:
         return False
     if not stat.S_ISDIR(info.st_mode):
@@ -82,36 +94,38 @@ def _trusted(path: Path) -> bool:
     return True
 
 
-def _prepare() -> Path | None:
+def _prepare() -> str | None:
     """The directory, made as needed; None when it cannot be trusted (then nothing is cached).
 
     A directory of ours that others could have written to is closed and its entries are dropped. Anything else that stands
     in the way (a link, a file, somebody else's directory) is left alone: it may be the user's.
     """
-    path = cache_dir()
+    path = _folder()
     if path is None:
         return None
     try:
         if _trusted(path):
             return path
-        if path.is_symlink():
+        if os.path.islink(path):
             return None
-        path.mkdir(parents=True, mode=0o700, exist_ok=True)
-        if hasattr(os, "getuid") and path.lstat().st_uid != os.getuid():
+        if not os.path.isdir(path):
+            os.makedirs(os.path.dirname(path), exist_ok=True)
+            os.mkdir(path, 0o700)
+        if hasattr(os, "getuid") and os.lstat(path).st_uid != os.getuid():
             return None
-        path.chmod(0o700)
+        os.chmod(path, 0o700)
         if not _trusted(path):
             return None
         for file in _entries(path):
-            file.unlink()
+            os.unlink(file)
         return path
     except OSError:
         return None
 
 
-def _entries(path: Path) -> list[Path]:
+def _entries(path: str) -> list[str]:
     """Our files in the directory: entries, and temporary files of interrupted writes."""
-    return [f for f in path.iterdir() if f.suffix == ".tjo" or f.name.startswith("tmp")]
+    return [os.path.join(path, f) for f in os.listdir(path) if f.endswith(".tjo") or f.startswith("tmp")]
 
 
 def _entry(key: str) -> str:
@@ -123,9 +137,10 @@ def read(key: str) -> tuple[dict[str, Any], bytes] | None:
     global _hits, _misses
     path = _prepare()
     if path is not None:
-        file = path / _entry(key)
+        name = os.path.join(path, _entry(key))
         try:
-            data = file.read_bytes()
+            with open(name, "rb") as file:
+                data = file.read()
         except OSError:
             data = b""
         if data:
@@ -134,7 +149,7 @@ def read(key: str) -> tuple[dict[str, Any], bytes] | None:
                 _hits += 1
                 return found
             with contextlib.suppress(OSError):
-                file.unlink()
+                os.unlink(name)
     _misses += 1
     return None
 
@@ -164,45 +179,46 @@ def write(key: str, meta: Mapping[str, Any], code: bytes) -> None:
     data = _MAGIC + hashlib.sha256(payload).digest() + payload
     try:
         _trim(path, len(data))
-        handle, name = tempfile.mkstemp(dir=path, prefix="tmp")
+        name = os.path.join(path, f"tmp{os.getpid()}-{os.urandom(8).hex()}")
+        handle = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o600)
         with os.fdopen(handle, "wb") as file:
             file.write(data)
-        os.replace(name, path / _entry(key))
+        os.replace(name, os.path.join(path, _entry(key)))
     except OSError:
         return
 
 
-def _trim(path: Path, extra: int) -> None:
+def _trim(path: str, extra: int) -> None:
     """Drop the oldest entries when the directory grows beyond its limit."""
-    files = [(f.stat().st_mtime, f.stat().st_size, f) for f in _entries(path)]
+    files = [(os.stat(f).st_mtime, os.stat(f).st_size, f) for f in _entries(path)]
     total = extra + sum(size for _, size, _ in files)
-    for _, size, file in sorted(files, key=lambda t: t[0]):
+    for _, size, file in sorted(files):
         if total <= _LIMIT_BYTES:
             break
         with contextlib.suppress(OSError):
-            file.unlink()
+            os.unlink(file)
         total -= size
 
 
 def cache_info() -> CacheInfo:
     """Where the cache is, how many entries and bytes it has, and this process's hits and misses."""
-    path = cache_dir()
-    if path is None or not path.is_dir():
-        return CacheInfo(None if path is None else str(path), 0, 0, _hits, _misses)
-    files = [f for f in path.iterdir() if f.suffix == ".tjo"]
-    return CacheInfo(str(path), len(files), sum(f.stat().st_size for f in files), _hits, _misses)
+    path = _folder()
+    if path is None or not os.path.isdir(path):
+        return CacheInfo(path, 0, 0, _hits, _misses)
+    sizes = [os.stat(f).st_size for f in _entries(path) if f.endswith(".tjo")]
+    return CacheInfo(path, len(sizes), sum(sizes), _hits, _misses)
 
 
 def cache_clear() -> int:
     """Delete all entries; returns how many there were."""
-    path = cache_dir()
-    if path is None or not path.is_dir():
+    path = _folder()
+    if path is None or not os.path.isdir(path):
         return 0
     count = 0
     for file in _entries(path):
         with contextlib.suppress(OSError):
-            file.unlink()
-            count += file.suffix == ".tjo"
+            os.unlink(file)
+            count += file.endswith(".tjo")
     return count
 
 
@@ -214,52 +230,30 @@ def to_object(ir: str, level: int = 2) -> bytes:
     Raises:
         RuntimeError: the IR is malformed (a bug in this package).
     """
-    with gate, _lock:
-        module = _prepared(ir)
-        if os.environ.get("TRACEJIT_CPU_VERIFY"):
-            module.verify()
-        return target_machine(level).emit_object(module)
+    verify = bool(os.environ.get("TRACEJIT_CPU_VERIFY"))
+    with gate:
+        return llvm().generate(ir, target_machine(level), target_machine(), verify=verify)
 
 
 def to_assembly(ir: str) -> str:
     """The assembly of the same pipeline, for ``inspect()``."""
-    with gate, _lock:
-        return target_machine().emit_assembly(_prepared(ir))
-
-
-def _prepared(ir: str) -> Any:
-    """The parsed module after the passes."""
-    binding = llvm()
-    module = binding.parse_assembly(ir)
-    builder = binding.create_pass_builder(
-        target_machine(), binding.create_pipeline_tuning_options(speed_level=1)
-    )
-    passes = binding.create_new_module_pass_manager()
-    passes.add_sroa_pass()
-    passes.add_simplify_cfg_pass()
-    passes.run(module, builder)
-    return module
+    with gate:
+        return llvm().generate(ir, target_machine(), target_machine(), assembly=True).decode()
 
 
 class Loaded:
     """Object code in memory. Keep it alive as long as any of its functions may run."""
 
     def __init__(self, code: bytes, symbols: Mapping[str, int] | None = None) -> None:
-        binding = llvm()
+        library = llvm()
         with gate, _lock:
             for name, address in (symbols or {}).items():
-                binding.add_symbol(name, address)
-            empty = binding.parse_assembly(f'target triple = "{host().triple}"\n')
-            machine = binding.Target.from_triple(host().triple).create_target_machine(
-                cpu="", features=host().features, opt=2, jit=True
-            )
-            self._engine = binding.create_mcjit_compiler(empty, machine)
-            self._engine.add_object_file(binding.object_file.ObjectFileRef.from_data(code))
-            self._engine.finalize_object()
+                library.add_symbol(name, address)
+            self._engine = library.load(code, host().triple, host().features)
 
     def address(self, name: str) -> int:
         """Address of an exported function."""
-        address = self._engine.get_function_address(name)
+        address = self._engine.function(name)
         if not address:
             raise RuntimeError(f"symbol {name} is missing from object code")
         return address
@@ -268,7 +262,7 @@ class Loaded:
         """The first ``count`` entries of an exported table of addresses."""
         if not count:
             return []
-        address = self._engine.get_global_value_address(name)
+        address = self._engine.table(name)
         if not address:
             raise RuntimeError(f"table {name} is missing from object code")
         return _read_pointers(address, count)

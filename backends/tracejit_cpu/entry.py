@@ -15,8 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from tracejit_cpu import codecache, runtime
-from tracejit_cpu.host import Host, host, once
+from tracejit_cpu import runtime
+from tracejit_cpu.host import once
 
 RING = 4  # result arrays kept per output
 
@@ -43,15 +43,15 @@ _SYMBOLS = (
 )
 
 
-def entry_ir(target: Host) -> str:
-    """LLVM IR of ``tj_entry(self, inputs)``; ``self`` is the NumPy array that holds the context."""
+def entry_ir() -> str:
+    """LLVM IR of ``tj_entry(self, inputs)``, for ``support.py``; ``self`` is the NumPy array that holds the context."""
 
     def field(name: str, word: int, base: str = "%ctx", ty: str = "i64") -> str:
         return (
             f"  %{name}.p = getelementptr i64, ptr {base}, i64 {word}\n  %{name} = load {ty}, ptr %{name}.p\n"
         )
 
-    return f"""target triple = "{target.triple}"
+    return f"""
 declare ptr @PyList_New(i64)
 declare i32 @PyList_SetItem(ptr, i64, ptr)
 declare ptr @PyList_GetItem(ptr, i64)
@@ -64,7 +64,6 @@ declare ptr @PyObject_CallFunctionObjArgs(ptr, ...)
 declare void @Py_DecRef(ptr)
 declare void @Py_IncRef(ptr)
 declare ptr @tj_array_empty(i32, ptr, ptr, i32)
-declare void @tj_launch(ptr, ptr, ptr, i64)
 
 define ptr @tj_entry(ptr %self, ptr %inputs) {{
 entry:
@@ -363,14 +362,21 @@ def _array_empty_address() -> int:
 
 
 @once
-def _native_entry() -> tuple[Any, Any] | None:
-    """(keep-alive, method definition) of the entry; None where only the Python path is safe."""
+def symbols() -> dict[str, int] | None:
+    """Addresses of the functions that the entry calls; None where only the Python path is safe."""
     if not _layout_is_known():
         return None
-    symbols = {s: ctypes.cast(getattr(ctypes.pythonapi, s), ctypes.c_void_p).value or 0 for s in _SYMBOLS}
-    symbols["tj_array_empty"] = _array_empty_address()
-    symbols["tj_launch"] = runtime.pool().launch_address
-    loaded = codecache.load_support("entry", lambda: entry_ir(host()), symbols, level=0)
+    found = {s: ctypes.cast(getattr(ctypes.pythonapi, s), ctypes.c_void_p).value or 0 for s in _SYMBOLS}
+    found["tj_array_empty"] = _array_empty_address()
+    return found
+
+
+@once
+def _native_entry() -> tuple[Any, Any] | None:
+    """(keep-alive, method definition) of the entry; None where only the Python path is safe."""
+    if symbols() is None:
+        return None
+    loaded = runtime.pool().loaded
     method = _MethodDef(b"tracejit_program", loaded.address("tj_entry"), 0x0008, None)  # METH_O
     return loaded, method
 

@@ -21,7 +21,7 @@ from tracejit.forking import gate
 from tracejit.program import AttentionKernel, Buffer, ContractKernel, LoopKernel, OpKernel, Program
 from tracejit_cpu import codecache, entry, hostops, micro, plan, runtime
 from tracejit_cpu.compiler import CompiledProgram, HostStep, Segment, build, compile_program
-from tracejit_cpu.host import host, once
+from tracejit_cpu.host import once
 
 _KINDS = (
     (LoopKernel, "loop"),
@@ -32,15 +32,9 @@ _KINDS = (
 
 
 @once
-def _driver() -> codecache.Loaded:
-    return codecache.load_support(
-        "driver", lambda: plan.driver_ir(host()), {"tj_barrier": runtime.pool().barrier_address}, level=0
-    )
-
-
 def driver_address() -> int:
     """Address of ``tj_run``."""
-    return _driver().address("tj_run")
+    return runtime.pool().loaded.address("tj_run")
 
 
 def aligned_bytes(size: int) -> np.ndarray:

@@ -1,6 +1,6 @@
 """What the host offers: CPU features, vector width, usable cores, an LLVM target machine. Called by every codegen module.
 
-llvmlite is imported on first use only, so that ``import tracejit`` stays cheap.
+LLVM is loaded on first use only, so that ``import tracejit`` stays cheap.
 """
 
 from __future__ import annotations
@@ -10,12 +10,13 @@ import functools
 import math
 import os
 import platform
-import sys
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
+
+if TYPE_CHECKING:
+    from tracejit_cpu.llvmlib import Library
 
 T = TypeVar("T")
 
@@ -40,22 +41,11 @@ def once(make: Callable[[], T]) -> Callable[[], T]:
 
 
 @once
-def llvm() -> Any:
-    """The ``llvmlite.binding`` module with the native target initialised."""
-    import llvmlite.binding as binding
+def llvm() -> Library:
+    """LLVM, with this machine's target initialised."""
+    from tracejit_cpu.llvmlib import open_library
 
-    try:
-        binding.initialize_native_target()
-        binding.initialize_native_asmprinter()
-    except RuntimeError:  # newer llvmlite initialises by itself
-        pass
-    with contextlib.suppress(RuntimeError, ValueError):
-        # a third of code generation time for nothing: our loops already step their own addresses
-        binding.set_option("", "-disable-lsr")
-    if sys.platform.startswith("linux"):  # libm's functions are looked up in the process
-        with contextlib.suppress(RuntimeError):
-            binding.load_library_permanently("libm.so.6")
-    return binding
+    return open_library()
 
 
 @dataclass(frozen=True)
@@ -111,57 +101,62 @@ def _make_host(flags: dict[str, bool], triple: str, limit: int | None = None) ->
 @once
 def host() -> Host:
     """The machine this process runs on. Feature flags are trusted, the CPU's name is not."""
-    binding = llvm()
+    library = llvm()
     limit = os.environ.get("TRACEJIT_CPU_VECTOR_BITS")
     width = max(16, int(limit) // 8) if limit and limit.isdigit() else None
-    try:
-        flags = dict(binding.get_host_cpu_features())
-    except RuntimeError:
-        flags = {}
-    return _make_host(flags, binding.get_process_triple(), width)
+    return _make_host(library.features(), library.triple(), width)
 
 
-@functools.cache
+_machines = threading.local()
+
+
 def target_machine(level: int = 2) -> Any:
-    """The LLVM target machine for :func:`host`, generating code at ``level`` (0 to 3)."""
-    binding = llvm()
-    here = host()
-    return binding.Target.from_triple(here.triple).create_target_machine(
-        cpu="",
-        features=here.features,
-        opt=level,
-        reloc="pic" if here.arch != "x86_64" else "default",
-        jit=True,
-    )
+    """The calling thread's LLVM target machine for :func:`host`, generating code at ``level`` (0 to 3)."""
+    name = f"level{level}"
+    found = getattr(_machines, name, None)
+    if found is None:
+        here = host()
+        found = llvm().machine(
+            here.triple, here.features, level, "pic" if here.arch != "x86_64" else "default"
+        )
+        setattr(_machines, name, found)
+    return found
 
 
-def _cgroup_cores(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> float:
+def _cgroup_cores(
+    root: str | os.PathLike[str] = "/sys/fs/cgroup", own: str | os.PathLike[str] = "/proc/self/cgroup"
+) -> float:
     """The smallest CPU quota, in cores, of the process's cgroup and those above it; infinity where there is none."""
-    quota = math.inf
+    quota, root = math.inf, os.fspath(root)
     try:
-        lines = own.read_text(encoding="ascii", errors="replace").splitlines()
+        with open(own, encoding="ascii", errors="replace") as file:
+            lines = file.read().splitlines()
     except OSError:
         lines = []
-    paths = {line.split(":", 2)[2].strip("/") for line in lines if line.count(":") >= 2}
-    for path in {"", *paths}:
-        at = root / path
-        for place in (at, *at.parents):
-            if root not in (place, *place.parents):
-                break
-            quota = min(quota, _quota(place), _quota(root / "cpu" / place.relative_to(root)))
+    groups = {line.split(":", 2)[2].strip("/") for line in lines if line.count(":") >= 2}
+    for group in {"", *groups}:
+        parts = [p for p in group.split("/") if p not in ("", "..")]
+        for depth in range(len(parts), -1, -1):
+            above = parts[:depth]
+            quota = min(quota, _quota(os.path.join(root, *above)), _quota(os.path.join(root, "cpu", *above)))
     return quota
 
 
-def _quota(place: Path) -> float:
+def _quota(place: str) -> float:
     """The quota set in one cgroup directory (version 2, else version 1)."""
     with contextlib.suppress(OSError, ValueError, ZeroDivisionError):
-        limit, period = (place / "cpu.max").read_text(encoding="ascii").split()
+        limit, period = _words(place, "cpu.max")
         return math.inf if limit == "max" else int(limit) / int(period)
     with contextlib.suppress(OSError, ValueError, ZeroDivisionError):
-        limit_v1 = int((place / "cpu.cfs_quota_us").read_text(encoding="ascii"))
+        limit_v1 = int(_words(place, "cpu.cfs_quota_us")[0])
         if limit_v1 > 0:
-            return limit_v1 / int((place / "cpu.cfs_period_us").read_text(encoding="ascii"))
+            return limit_v1 / int(_words(place, "cpu.cfs_period_us")[0])
     return math.inf
+
+
+def _words(place: str, name: str) -> list[str]:
+    with open(os.path.join(place, name), encoding="ascii") as file:
+        return file.read().split()
 
 
 def thread_count() -> int:

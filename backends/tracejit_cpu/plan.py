@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from tracejit.program import Kernel, Program
-from tracejit_cpu.host import Host
 from tracejit_cpu.stages import Compiled
 
 ALIGN = 64
@@ -234,16 +233,14 @@ def describe_units(planner: Planner, tasks: Sequence[str]) -> list[UnitRow]:
     return rows
 
 
-def driver_ir(target: Host) -> str:
-    """LLVM IR of ``tj_run``, which walks a program's list of units; it is the same for every program.
+def driver_ir() -> str:
+    """LLVM IR of ``tj_run``, for ``support.py``: it walks a program's list of units; it is the same for every program.
 
     Each thread owns a share of a unit's tasks and takes them piece by piece; done with its own, it takes from the others',
     so that a thread that lost its core for a while holds up nobody. Which thread runs a task does not change its result.
     A counter says how much of a share is taken; it is tagged with the number of the launch, so nobody resets it.
     """
-    return f"""target triple = "{target.triple}"
-declare void @tj_barrier(ptr, i64)
-
+    return f"""
 define void @tj_run(ptr %tab, i64 %tid, i64 %nt, ptr %st) {{
 entry:
   %units = load ptr, ptr %tab

@@ -1,44 +1,36 @@
-"""Loads LLVM and the native support code in a thread of its own while a program is still being lowered.
+"""Loads LLVM and the native support code in a thread of its own while Python traces and lowers the first program.
 
-``CpuBackend.capabilities`` starts it: that is the first sign that this backend will compile something. Loading the LLVM
-library and generating code release the GIL, so the first call waits for the longer of the two halves, not for their sum.
+``CpuBackend.prepare`` starts it. Nearly all of its time is spent in C without the GIL; the modules it needs are imported
+before it starts, because two threads that both run Python slow each other down.
 """
 
 from __future__ import annotations
 
+import contextlib
 import threading
+from types import ModuleType
 
 from tracejit.forking import gate
 
 _lock = threading.Lock()
-_started = False
+_thread: threading.Thread | None = None
 
 
 def start() -> None:
     """Start loading, once per process."""
-    global _started
-    if _started:
+    global _thread
+    if _thread is not None:
         return
     with _lock:
-        if _started:
+        if _thread is not None:
             return
-        _started = True
-    # not a daemon: LLVM must not be torn down under it when the interpreter exits at once
-    threading.Thread(target=_load, name="tracejit-cpu-preload", daemon=False).start()
+        from tracejit_cpu import support
+
+        # not a daemon: LLVM must not be torn down under it when the interpreter exits at once
+        _thread = threading.Thread(target=_load, args=(support,), name="tracejit-cpu-preload", daemon=False)
+        _thread.start()
 
 
-def _load() -> None:
-    try:
-        with gate:
-            from tracejit_cpu import host
-
-            host.llvm()
-            from tracejit_cpu import entry, runtime
-
-            runtime.pool()
-            entry.available()
-            from tracejit_cpu import executable
-
-            executable.driver_address()
-    except Exception:
-        pass
+def _load(module: ModuleType) -> None:
+    with contextlib.suppress(Exception), gate:  # the first call meets the same error and reports it
+        module.support()

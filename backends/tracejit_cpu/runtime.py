@@ -15,7 +15,6 @@ import sys
 import threading
 import time
 
-from tracejit_cpu import codecache
 from tracejit_cpu.host import Host, host, thread_count
 
 # Byte offsets in the state block; each group of fields that one side writes has its own pair of cache lines.
@@ -71,7 +70,7 @@ def uses_futex() -> bool:
 
 
 def runtime_ir(target: Host, futex: bool) -> str:
-    """LLVM IR of the pool: ``tj_barrier``, ``tj_launch``, ``tj_worker``."""
+    """LLVM IR of the pool, for ``support.py``: ``tj_barrier``, ``tj_launch``, ``tj_worker``, ``tj_spin``."""
     declare, pause = _pause(target)
     number = 202 if target.arch == "x86_64" else 98
     if futex:
@@ -85,8 +84,7 @@ def runtime_ir(target: Host, futex: bool) -> str:
         sleep, wake = f"call i32 @{name}()", "add i32 0, 0"
         give = sleep
     park = "1" if not futex else "0"
-    return f"""target triple = "{target.triple}"
-{declare}
+    return f"""{declare}
 {system}
 
 define internal i32 @wait(ptr %st, ptr %p, i32 %old, ptr %sleepers, i32 %park) {{
@@ -277,11 +275,11 @@ class Pool:
     """The process's pool. ``state`` is the address of its state block, ``threads`` the number of threads it runs."""
 
     def __init__(self) -> None:
+        from tracejit_cpu.support import support
+
         self.threads = thread_count()
         self.futex = uses_futex()
-        self.loaded = codecache.load_support(
-            f"pool{self.futex}", lambda: runtime_ir(host(), self.futex), level=0
-        )
+        self.loaded = support()
         self._memory = ctypes.create_string_buffer(STATE_BYTES + 128)
         base = ctypes.addressof(self._memory)
         self.state = base + (-base) % 128
@@ -299,16 +297,6 @@ class Pool:
         atexit.register(self.stop)
         if hasattr(os, "register_at_fork"):
             os.register_at_fork(after_in_child=self._after_fork)
-
-    @property
-    def launch_address(self) -> int:
-        """Address of ``tj_launch``, for the native entry."""
-        return self.loaded.address("tj_launch")
-
-    @property
-    def barrier_address(self) -> int:
-        """Address of ``tj_barrier``, which programs call."""
-        return self.loaded.address("tj_barrier")
 
     def _get(self, offset: int) -> int:
         return ctypes.c_uint32.from_address(self.state + offset).value

@@ -175,7 +175,7 @@ def test_features_of_the_host_and_versions_are_part_of_the_key(monkeypatch):
     monkeypatch.setattr(codecache, "host", lambda: here)
 
     class OtherLLVM:
-        llvm_version_info = (99, 0, 0)
+        version = (99, 0, 0)
 
     monkeypatch.setattr(codecache, "llvm", lambda: OtherLLVM)
     assert digest() != same
