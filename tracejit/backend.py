@@ -82,7 +82,8 @@ class Backend(Protocol):
     A backend may also have ``prepare(spec)``, called before a function is traced, so that it can load what it needs in a
     thread of its own meanwhile; ``peaks(spec)``, measured (GFLOP/s, GB/s) for the "% peak" column of profiles; and, if it
     keeps code on disk, ``cache_info()`` (a dict with ``path``, ``entries``, ``bytes``) and ``cache_clear()`` for
-    ``tracejit cache``.
+    ``tracejit cache``. One that keeps whole programs has ``remember(key, executable)`` and ``restore(key, graph, stages,
+    spec)``, which gives the executable of an earlier ``remember`` or None; ``stages.program`` lowers anew if need be.
     """
 
     name: str

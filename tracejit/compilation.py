@@ -15,11 +15,12 @@ import numpy as np
 from tracejit import events
 from tracejit.backend import Device, Executable
 from tracejit.callplan import builder
-from tracejit.config import log
+from tracejit.config import log, log_enabled
 from tracejit.environment import Environment
+from tracejit.fingerprint import program_key
 from tracejit.graph import Graph
 from tracejit.ops.composites import op_table
-from tracejit.passes import optimise
+from tracejit.passes import checking, optimise
 from tracejit.program import Program
 from tracejit.state import state
 from tracejit.tracing import Traced
@@ -38,6 +39,31 @@ def build_program(graph: Graph, device: Device) -> Program:
     from tracejit.lower import lower
 
     return lower(graph, capabilities)
+
+
+class Stages:
+    """The optimised graph and the program behind an executable; made on first use when it came from a disk cache."""
+
+    __slots__ = ("_device", "_graph", "_optimised", "_program")
+
+    def __init__(self, graph: Graph, device: Device) -> None:
+        self._graph, self._device = graph, device
+        self._optimised: Graph | None = None
+        self._program: Program | None = None
+
+    @property
+    def optimised(self) -> Graph:
+        """What the passes make of the recorded graph."""
+        if self._optimised is None:
+            self._optimised = optimise(self._graph)
+        return self._optimised
+
+    @property
+    def program(self) -> Program:
+        """What the lowering makes of that."""
+        if self._program is None:
+            self._program = build_program(self.optimised, self._device)
+        return self._program
 
 
 class Entry:
@@ -59,12 +85,11 @@ class Entry:
         "id",
         "key",
         "name",
-        "optimised",
         "paths",
         "planned",
-        "program",
         "scalars",
         "seen_by",
+        "stages",
         "steps",
         "times",
         "trace_time",
@@ -75,16 +100,14 @@ class Entry:
     def __init__(
         self,
         traced: Traced,
-        optimised: Graph,
-        program: Program,
+        stages: Stages,
         executable: Executable,
         device: Device,
         name: str,
         fixups: Any,
     ) -> None:
         self.traced = traced
-        self.optimised = optimised
-        self.program = program
+        self.stages = stages
         self.executable = executable
         self.device = device
         self.name = name
@@ -103,8 +126,9 @@ class Entry:
         self._variants: dict[tuple[int, ...], Executable] = {}
         on_host = device.backend.on_host
         # NumPy functions return scalars, not 0-d arrays; device results stay on the device.
-        self.scalars = tuple(i for i, n in enumerate(optimised.outputs) if n.shape == ()) if on_host else ()
-        losses = (i for i, n in enumerate(optimised.outputs) if n.shape == () and n.dtype.kind == "f")
+        results = traced.graph.outputs  # the passes keep shapes and types
+        self.scalars = tuple(i for i, n in enumerate(results) if n.shape == ()) if on_host else ()
+        losses = (i for i, n in enumerate(results) if n.shape == () and n.dtype.kind == "f")
         self._loss_at: int | None = next(losses, None)
         tree = traced.out_tree
         self._single = len(traced.outputs) == 1 and traced.outputs[0] == ("out", 0) and tree.num_nodes == 1
@@ -114,6 +138,16 @@ class Entry:
         self.calls = 0
         self.planned: set[Any] = set()
         self._build = builder(tree, traced.outputs, self.scalars)
+
+    @property
+    def optimised(self) -> Graph:
+        """The graph that runs."""
+        return self.stages.optimised
+
+    @property
+    def program(self) -> Program:
+        """Its kernels; without any when the backend interprets graphs."""
+        return self.stages.program
 
     def matches(self, leaves: Sequence[Any]) -> bool:
         """True if the guards hold: scalar values the graph depends on, and what the function read from outside."""
@@ -290,25 +324,40 @@ class Entry:
 
 
 def compile_entry(traced: Traced, name: str, device: Device, leaves: Sequence[Any]) -> Entry:
-    """Optimise, lower and compile one trace for one device."""
+    """Optimise, lower and compile one trace for one device, or let the backend take all that from its disk cache."""
     t0 = time.perf_counter()
-    optimised = optimise(traced.graph)
+    stages = Stages(traced.graph, device)
+    backend, key = device.backend, None
+    if hasattr(backend, "restore") and not checking():
+        key = program_key(traced.graph)
+    executable = None if key is None else backend.restore(key, traced.graph, stages, device.spec)  # type: ignore[attr-defined]  # optional
+    restored = executable is not None
     t1 = time.perf_counter()
-    program = build_program(optimised, device)
-    t2 = time.perf_counter()
-    executable = device.backend.compile(program, device.spec)
+    if executable is None:
+        stages.optimised  # noqa: B018  # timed apart from the lowering
+        t1 = time.perf_counter()
+        program = stages.program
+        t2 = time.perf_counter()
+        executable = backend.compile(program, device.spec)
+        if key is not None:
+            backend.remember(key, executable)  # type: ignore[attr-defined]  # comes with ``restore``
+    else:
+        t2 = t1
     t3 = time.perf_counter()
     swapped = tuple(
         k
         for k, i in enumerate(traced.dynamic)
         if isinstance(leaves[i], np.ndarray) and not leaves[i].dtype.isnative
     )
-    entry = Entry(traced, optimised, program, executable, device, name, swapped)
+    entry = Entry(traced, stages, executable, device, name, swapped)
     if len(traced.dynamic) != len(leaves):
         entry.arity = traced.dynamic
     entry.times = {"optimise": t1 - t0, "lower": t2 - t1, "compile": t3 - t2}
-    log(
-        "compile",
-        f"{name} on {device}: {len(optimised)} nodes, {len(executable.kernels)} kernels, {(t3 - t0) * 1e3:.1f} ms",
-    )
+    if log_enabled("compile"):
+        nodes = f"{len(traced.graph)} recorded" if restored else f"{len(stages.optimised)}"
+        log(
+            "compile",
+            f"{name} on {device}: {nodes} nodes, {len(executable.kernels)} kernels, {(t3 - t0) * 1e3:.1f} ms"
+            + (", from the disk cache" if restored else ""),
+        )
     return entry

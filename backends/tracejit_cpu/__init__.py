@@ -11,6 +11,8 @@ import numpy as np
 
 if TYPE_CHECKING:
     from tracejit.backend import DeviceInfo
+    from tracejit.compilation import Stages
+    from tracejit.graph import Graph
     from tracejit.program import Capabilities, Program
     from tracejit_cpu.executable import CpuExecutable
 
@@ -41,6 +43,19 @@ class CpuBackend:
 
         self._check(spec)
         return CpuExecutable(program)
+
+    def restore(self, key: str, graph: Graph, stages: Stages, spec: str = "") -> CpuExecutable | None:
+        """The executable of a program that an earlier process remembered; it is neither optimised nor lowered again."""
+        from tracejit_cpu import programcache
+
+        self._check(spec)
+        return programcache.restore(key, graph, stages)
+
+    def remember(self, key: str, executable: CpuExecutable) -> None:
+        """Keep what :meth:`restore` needs."""
+        from tracejit_cpu import programcache
+
+        programcache.remember(key, executable)
 
     def devices(self) -> list[DeviceInfo]:
         """This machine's processor."""

@@ -51,6 +51,7 @@ class CompiledProgram:
     """What ``executable.py`` needs to run a program."""
 
     steps: list[Segment | HostStep] = field(default_factory=list)
+    key: str = ""  # of the object code in the disk cache
 
 
 def cache_key(program: Program) -> str:
@@ -103,11 +104,9 @@ def build(program: Program) -> tuple[list[Part], list[HostStep | int]]:
 def compile_program(program: Program) -> CompiledProgram:
     """Compile, or take the object code from the disk cache."""
     key = cache_key(program)
-    found = codecache.read(key)
-    if found is not None:
-        out = _from_cache(*found)
-        if out is not None:
-            return out
+    out = stored_code(key)
+    if out is not None:
+        return out
     parts, order = build(program)
     segments = []
     for kernels, module, layout, planner in parts:
@@ -118,9 +117,15 @@ def compile_program(program: Program) -> CompiledProgram:
             )
         )
     steps: list[Segment | HostStep] = [segments[s] if isinstance(s, int) else s for s in order]
-    compiled = CompiledProgram(steps)
+    compiled = CompiledProgram(steps, key)
     codecache.write(key, _meta(compiled), b"".join(s.code for s in segments))
     return compiled
+
+
+def stored_code(key: str) -> CompiledProgram | None:
+    """The code that the disk cache has under ``key``."""
+    found = codecache.read(key)
+    return None if found is None else _from_cache(key, *found)
 
 
 def _support(module: Module) -> dict[str, list[Any]]:
@@ -138,7 +143,7 @@ def _meta(compiled: CompiledProgram) -> dict[str, Any]:
     return {"steps": steps}
 
 
-def _from_cache(meta: dict[str, Any], code: bytes) -> CompiledProgram | None:
+def _from_cache(key: str, meta: dict[str, Any], code: bytes) -> CompiledProgram | None:
     steps: list[Segment | HostStep] = []
     at = 0
     try:
@@ -153,4 +158,4 @@ def _from_cache(meta: dict[str, Any], code: bytes) -> CompiledProgram | None:
             at += size
     except (KeyError, TypeError, ValueError):
         return None
-    return CompiledProgram(steps)
+    return CompiledProgram(steps, key)

@@ -11,7 +11,8 @@ import threading
 import time
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -22,6 +23,9 @@ from tracejit.program import AttentionKernel, Buffer, ContractKernel, LoopKernel
 from tracejit_cpu import codecache, entry, hostops, micro, plan, runtime
 from tracejit_cpu.compiler import CompiledProgram, HostStep, Segment, build, compile_program
 from tracejit_cpu.host import once
+
+if TYPE_CHECKING:
+    from tracejit.compilation import Stages
 
 _KINDS = (
     (LoopKernel, "loop"),
@@ -37,6 +41,23 @@ def driver_address() -> int:
     return runtime.pool().loaded.address("tj_run")
 
 
+@dataclass
+class Stored:
+    """A program from the disk cache: its code, the rows of :func:`kernel_rows`, and how to get at the rest."""
+
+    compiled: CompiledProgram
+    kernels: list[list[Any]]
+    stages: Stages
+
+
+def kernel_rows(program: Program) -> list[list[Any]]:
+    """Name, kind, graph nodes, bytes and flops of each kernel."""
+    kinds = [next((name for cls, name in _KINDS if isinstance(k, cls)), "op") for k in program.kernels]
+    return [
+        [k.name, kind, list(k.nodes), int(k.bytes), int(k.flops)] for k, kind in zip(program.kernels, kinds)
+    ]
+
+
 def aligned_bytes(size: int) -> np.ndarray:
     """Uninitialised memory at a 64-byte boundary."""
     raw = np.empty(size + 64, np.uint8)
@@ -48,7 +69,7 @@ class Memory:
     """The memory of one running call: arena, temporaries, scratch, and one pointer table per native part."""
 
     def __init__(self, owner: CpuExecutable) -> None:
-        program = owner.program
+        program = owner.frame
         shared = [s.layout.extra for s in owner.segments if s.layout.shared]
         self.arena = aligned_bytes(max(program.arena, *shared, 1))
         threads = runtime.pool().threads
@@ -155,11 +176,13 @@ class UnitTables:
 class CpuExecutable:
     """A compiled program; see :class:`tracejit.backend.Executable`."""
 
-    def __init__(self, program: Program) -> None:
-        self.program = program
+    def __init__(self, program: Program, stored: Stored | None = None) -> None:
+        #: Buffers, inputs, outputs and constants; the kernels too unless the program came from the disk cache.
+        self.frame = program
+        self._stored = stored
         self.constants = [np.ascontiguousarray(c) for c in program.constants]
-        compiled: CompiledProgram = compile_program(program)
-        self.steps = compiled.steps
+        compiled: CompiledProgram = compile_program(program) if stored is None else stored.compiled
+        self.steps, self.key = compiled.steps, compiled.key
         self.segments = [s for s in self.steps if isinstance(s, Segment)]
         pool = runtime.pool()
         symbols: dict[str, int] = {}
@@ -178,10 +201,11 @@ class CpuExecutable:
         self._lock = threading.Lock()
         self._inputs = [program.buffers[b] for b in program.inputs]
         self._targets = [b for b in program.buffers if b.kind == "output"]
-        self._host = hostops.HostOps(program, self._compile_graph)
+        self._host = hostops.HostOps(program, self._compile_graph)  # a stored program has no host steps
         self._source: list[str] | None = None
         self._live_bytes: np.ndarray | None = None
-        self.kernels: Sequence[KernelInfo] = [self._info(i) for i in range(len(program.kernels))]
+        rows = kernel_rows(program) if stored is None else stored.kernels
+        self.kernels: Sequence[KernelInfo] = [self._info(i, *row) for i, row in enumerate(rows)]
         self._shapes = [tuple(node.shape) for node in program.graph.outputs]
         self._plain = list(program.outputs) == [b.id for b in self._targets]
         self._plain = self._plain and all(b.shape == s for b, s in zip(self._targets, self._shapes))
@@ -189,18 +213,15 @@ class CpuExecutable:
         self._run: Any = self._first
 
     # -- kernels ------------------------------------------------------------------------------------------------------
-    def _info(self, index: int) -> KernelInfo:
-        kernel = self.program.kernels[index]
-        kind = next((name for cls, name in _KINDS if isinstance(kernel, cls)), "op")
-        return KernelInfo(
-            index,
-            kernel.name,
-            kind,
-            kernel.nodes,
-            kernel.bytes,
-            kernel.flops,
-            lambda: self._kernel_source(index),
-        )
+    @property
+    def program(self) -> Program:
+        """The whole program; one that came from the disk cache is lowered again for whoever looks inside."""
+        return self.frame if self._stored is None else self._stored.stages.program
+
+    def _info(
+        self, index: int, name: str, kind: str, nodes: Sequence[int], traffic: int, flops: int
+    ) -> KernelInfo:
+        return KernelInfo(index, name, kind, tuple(nodes), traffic, flops, lambda: self._kernel_source(index))
 
     def _sources(self) -> list[str]:
         """LLVM IR per kernel, made again on request: it is not kept."""
@@ -265,8 +286,8 @@ class CpuExecutable:
         where = {b.id: r for b, r in zip(self._targets, results)}
         out: list[Any] = []
         used: set[int] = set()
-        for number, shape in zip(self.program.outputs, self._shapes, strict=True):
-            b = self.program.buffers[number]
+        for number, shape in zip(self.frame.outputs, self._shapes, strict=True):
+            b = self.frame.buffers[number]
             if b.kind == "input":
                 out.append(np.array(inputs[b.index], b.dtype, order="C", copy=True).reshape(shape))
             elif b.kind == "const":
@@ -344,7 +365,7 @@ class CpuExecutable:
         given.update({b.id: r for b, r in zip(self._targets, results)})
 
         def view(buffer: int, shape: tuple[int, ...]) -> np.ndarray:
-            b = self.program.buffers[buffer]
+            b = self.frame.buffers[buffer]
             if b.kind == "const":
                 return self.constants[b.index].reshape(shape)
             if buffer in given:
@@ -365,7 +386,7 @@ class CpuExecutable:
 
     def _timed(self, memory: Memory, arrays: Sequence[np.ndarray], results: Sequence[np.ndarray]) -> Timing:
         self._set_pointers(memory, arrays, results)
-        count = len(self.program.kernels)
+        count = len(self.kernels)
         order, start, end = [], np.zeros(count, np.int64), np.zeros(count, np.int64)
         pool = runtime.pool()
         at = part = 0

@@ -29,9 +29,14 @@ PIPELINE: tuple[Pass, ...] = (
 )
 
 
+def checking() -> bool:
+    """Whether ``TRACEJIT_DEBUG_PASSES`` asks for the verifier after each pass."""
+    return os.environ.get("TRACEJIT_DEBUG_PASSES", "") not in ("", "0")
+
+
 def optimise(graph: Graph, trail: list[tuple[str, Graph]] | None = None) -> Graph:
     """Run the pipeline; with ``trail`` each pass's name and result is appended to it."""
-    check = os.environ.get("TRACEJIT_DEBUG_PASSES", "") not in ("", "0")
+    check = checking()
     for run in PIPELINE:
         before = len(graph)
         graph = run(graph)
@@ -46,6 +51,7 @@ def optimise(graph: Graph, trail: list[tuple[str, Graph]] | None = None) -> Grap
 
 __all__ = [
     "PIPELINE",
+    "checking",
     "eliminate_common_subexpressions",
     "eliminate_dead_code",
     "erase_markers",
