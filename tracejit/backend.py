@@ -18,6 +18,7 @@ import numpy as np
 from tracejit import plugins
 from tracejit.errors import DeviceError
 from tracejit.events import KernelInfo
+from tracejit.forking import gate
 from tracejit.program import Capabilities, Program
 from tracejit.state import changed, state
 
@@ -142,7 +143,7 @@ def register_backend(backend: Backend) -> None:
 
 def _discover() -> dict[str, Any]:
     global _entry_points
-    with _lock:
+    with gate, _lock:
         if _entry_points is None:
             _entry_points = plugins.find("tracejit.backends")
         return _entry_points
@@ -158,7 +159,7 @@ def get_backend(name: str) -> Backend:
     found = _backends.get(name)
     if found is not None:
         return found
-    with _lock:
+    with gate, _lock:  # a child that was forked during an import could never finish it
         entry = _discover().get(name)
         if entry is None:
             import difflib

@@ -37,14 +37,14 @@ def _lines(graph: Graph) -> list[str]:
     for n in graph.nodes:
         attrs, text = n.attrs, ""
         if attrs:
-            if n.op.name == "custom_vjp":  # the first pass erases it; its rule was used up by autograd
-                attrs = {k: v for k, v in attrs.items() if k != "rule"}
+            if (left_out := _PRIVATE.get(n.op.name)) is not None:
+                attrs = {k: v for k, v in attrs.items() if k != left_out}
             text = known.get(id(n.attrs), "")
             if not text:
                 text = known[id(n.attrs)] = _text(attrs)
         forward = n.grad_of
         lines.append(
-            f"{n.op.name}|{[at[id(i)] for i in n.inputs]}|{text}|{n.scope}|{n.name}|"
+            f"{n.op.name}|{[at[id(i)] for i in n.inputs]}|{text}|{n.scope!r}|{n.name!r}|"
             f"{'' if forward is None else at.get(id(forward), '-')}"
         )
     lines.append(repr([at[id(n)] for n in graph.inputs]))
@@ -52,6 +52,8 @@ def _lines(graph: Graph) -> list[str]:
     return lines
 
 
+#: Attributes that only autograd reads, of ops that the first pass erases: a Python object, a number that is never the same.
+_PRIVATE = {"custom_vjp": "rule", "grad_input": "uid"}
 _ATOMS = frozenset({str, int, bool, type(None)})
 
 

@@ -7,7 +7,6 @@ llvmlite named in :data:`_KNOWN`; with any other version :class:`Public` does th
 
 from __future__ import annotations
 
-import atexit
 import contextlib
 import ctypes
 import os
@@ -137,11 +136,7 @@ class Direct:
             with _text(self) as out:
                 self._call["LoadLibraryPermanently"](_LIBM.encode(), byref(out))
         self._context: int | None = None  # of the empty modules behind engines: LLVM wants one for each
-        self._over = False
-        atexit.register(self._stop)
-
-    def _stop(self) -> None:
-        self._over = True  # from now on nothing is freed: the pool's threads may still be in it
+        self._dead: list[int] = []  # engines to free with the next load
 
     @property
     def version(self) -> tuple[int, ...]:
@@ -231,6 +226,8 @@ class Direct:
     def load(self, code: bytes, triple: str, features: str) -> _DirectEngine:
         """See :class:`Library`."""
         call = self._call
+        while self._dead:
+            call["DisposeExecutionEngine"](self._dead.pop())
         if self._context is None:
             self._context = call["ContextCreate"]()
         module = self._parse(f'target triple = "{triple}"\n', self._context)
@@ -263,8 +260,9 @@ class _DirectEngine:
         return int(self._library._call["GetGlobalValueAddress"](self._engine, name.encode()))
 
     def __del__(self) -> None:
-        if not self._library._over:
-            self._library._call["DisposeExecutionEngine"](self._engine)
+        # Not freed here: the collector comes at any moment, and a process that is being forked just then would leave the
+        # locks of the C library for stack frames taken in the child.
+        self._library._dead.append(self._engine)
 
 
 @contextlib.contextmanager
