@@ -134,6 +134,12 @@ class Window:
         lit = self._highlight(ui, scene)
         shown = spotlight(scene, lit) if lit is not None else (self.moment if ui.mode == "op" else None)
         self.graph.draw(screen, camera, shown)
+        if self.graph.front is None:  # thousands of cards at once: over the next frames
+            note = self.fonts.render(
+                f"drawing {len(scene.page.items):,} cards …".replace(",", " "), 14, MUTED
+            )
+            screen.blit(note, note.get_rect(center=view.center))
+            return
         screen.set_clip(view)
         o = self.overlay
         arriving = o.arriving(scene, self.moment) if self.moment is not None and lit is None else []
