@@ -233,6 +233,24 @@ class Fn:
         """Store with element alignment."""
         self.emit(f"store {vec(ty, lanes)} {value}, ptr {ptr}, align {type_bytes(ty)}")
 
+    def store_first(self, ty: str, value: str, ptr: str, lanes: int, count: int) -> None:
+        """Store the first ``count`` lanes in power-of-two pieces and touch nothing behind them."""
+        if count == lanes:
+            self.store(ty, value, ptr, lanes)
+            return
+        full = vec(ty, lanes)
+        at, part = 0, lanes // 2
+        while at < count:
+            while part > count - at:
+                part //= 2
+            order = ", ".join(f"i32 {at + i}" for i in range(part))
+            if part == 1:
+                piece = self.op(f"extractelement {full} {value}, i64 {at}")
+            else:
+                piece = self.op(f"shufflevector {full} {value}, {full} poison, <{part} x i32> <{order}>")
+            self.store(ty, piece, self.gep(ptr, at, ty), part)
+            at += part
+
     def masked_load(self, ty: str, ptr: str, lanes: int, mask: str, fill: str) -> str:
         """Load the lanes whose mask bit is set; the others give ``fill``."""
         name = f"@llvm.masked.load.v{lanes}{intrinsic_suffix(ty)}.p0"
@@ -244,6 +262,11 @@ class Fn:
 
     def masked_store(self, ty: str, value: str, ptr: str, lanes: int, mask: str) -> None:
         """Store the lanes whose mask bit is set."""
+        count = mask.count("true")
+        if self.module.host.vector_bytes < 64 and mask == mask_first(count, lanes):
+            # In pieces: without mask registers a masked store takes a dozen cycles or more on AMD's processors.
+            self.store_first(ty, value, ptr, lanes, count)
+            return
         name = f"@llvm.masked.store.v{lanes}{intrinsic_suffix(ty)}.p0"
         full = vec(ty, lanes)
         self.module.declare(f"declare void {name}({full}, ptr, <{lanes} x i1>)")

@@ -118,25 +118,6 @@ def transpose(fn: Fn, rows: list[str], ty: str, lanes: int) -> list[str]:
     return rows
 
 
-def _store_first(fn: Fn, ty: str, value: str, pointer: str, lanes: int, count: int) -> None:
-    """Store the first ``count`` lanes in power-of-two pieces: a neighbouring panel may belong to another thread."""
-    if count == lanes:
-        fn.store(ty, value, pointer, lanes)
-        return
-    at, part = 0, lanes // 2
-    while at < count:
-        while part > count - at:
-            part //= 2
-        order = ", ".join(f"i32 {at + i}" for i in range(part))
-        full = vec(ty, lanes)
-        if part == 1:
-            piece = fn.op(f"extractelement {full} {value}, i64 {at}")
-        else:
-            piece = fn.op(f"shufflevector {full} {value}, {full} poison, <{part} x i32> <{order}>")
-        fn.store(ty, piece, fn.gep(pointer, at, ty), part)
-        at += part
-
-
 def pack(module: Module, ty: str, memory: str, lanes: int, width: int) -> str:
     """``void pack(ptr src, i64 ks, i64 ns, i64 kc, i64 n, ptr dst)``: a panel dst[k][width] from src[k*ks + j*ns].
 
@@ -195,9 +176,8 @@ def _emit_pack(module: Module, name: str, ty: str, memory: str, lanes: int, widt
         for q in range(lanes):
             dst = fn.gep("%dst", fn.imul(fn.iadd(k, q), width), ty)
             for v in range(vectors):
-                _store_first(
-                    fn, ty, columns[v][q], fn.gep(dst, v * lanes, ty), lanes, min(lanes, width - v * lanes)
-                )
+                count = min(lanes, width - v * lanes)  # a neighbouring panel may belong to another thread
+                fn.store_first(ty, columns[v][q], fn.gep(dst, v * lanes, ty), lanes, count)
     with fn.loop(blocks, "%kc") as k:
         dst = fn.gep("%dst", fn.imul(k, width), ty)
         for j in range(width):

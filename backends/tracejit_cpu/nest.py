@@ -50,6 +50,11 @@ class Nest:
         self.module, self.local, self.name, self.defer = module, local, name, defer_stores
         self.v = choose_vector_axis(local, module.host.vector_bytes)
         self.V = lanes_for(local.instrs, module.host.vector_bytes) if self.v >= 0 else 1
+        if self.v >= 0:
+            while (
+                self.V > 2 and local.domain[self.v] <= self.V // 2
+            ):  # whole short vectors, not masked long ones
+                self.V //= 2
         self.level = levels(local)
         self.reduces = [i for i, x in enumerate(local.instrs) if x.op == "reduce"]
         # the last sweep: of a value per element, or of a reduce whose operand is the same for every element
