@@ -28,7 +28,7 @@ from tracejit.jit import TracedFunction
 from tracejit.state import state
 from tracejit_viz.client import LiveObserver
 
-TURNS, SECONDS, SETTLE = 26, 0.65, 5.0  # turns of about two frames
+TURNS, SECONDS, SETTLE = 15, 0.65, 5.0  # turns of about two frames
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 

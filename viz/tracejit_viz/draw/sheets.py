@@ -36,6 +36,8 @@ class Sheets:
             y, x = rect[3] / 2, 20.0
             if ui.mode == "op":
                 for name in LEGEND:
+                    if x + 24 + self.fonts.width(name, 11) > rect[2]:
+                        break
                     c.circle((x + 4, y), 4, category(name))
                     x += 14 + c.text(name, (x + 13, y), 11, MUTED) + 18
             else:
