@@ -66,8 +66,9 @@ class Manners:
     def stand_back(self, back: bool) -> None:
         """Linux groups processes by session, and between groups only the group's own nice value counts.
 
-        With the group at 19 a frame costs a program on all cores about two thirds of what it costs at 0. Any user may
-        move the group in both directions, which is not true of the process's own value or of SCHED_IDLE.
+        With the group at 19 and SCHED_IDLE a program on all cores lost about two thirds of what it loses at 0; how much of
+        that is the group alone was not measured. Any user may move the group in both directions, which is not true of the
+        process's own value or of SCHED_IDLE.
         """
         if back == self._back or sys.platform != "linux":
             return
