@@ -163,3 +163,70 @@ def test_closing_the_window_ends_the_program(desktop):
     d.do("windowclose", d.window)
     d.do("windowquit", d.window)
     d.wait(lambda: d.app.poll() is not None)
+
+
+TRAINER = """
+import sys, time
+import numpy as np
+import tracejit as tj
+
+@tj.trace
+def descend(w, x):
+    loss = ((x @ w) ** 2).mean()
+    return loss, w - np.float32(0.01) * w
+
+w, x = np.ones((16, 4), np.float32), np.ones((8, 16), np.float32)
+with tj.watch():
+    for step in range(100_000):
+        loss, w = descend(w, x)
+        print(step, flush=True)
+        time.sleep(0.005)
+"""
+
+
+def test_the_program_itself_is_held_and_stepped(meeting, monkeypatch, tmp_path):
+    """B holds it, O lets it run one step, a viewer that is killed lets it run on."""
+    monkeypatch.setenv("TRACEJIT_VIEWER_SIZE", f"{SIZE[0]}x{SIZE[1]}")
+    d = Desktop(["-m", "tracejit_viz.live"], tmp_path)
+    out = tmp_path / "steps.txt"
+    with open(out, "wb") as file:
+        trainer = subprocess.Popen([sys.executable, "-c", TRAINER], env=d.env, stdout=file, cwd=tmp_path)
+
+    def calls() -> int:
+        return out.read_bytes().count(b"\n")
+
+    try:
+        d.shows("descend", "playing")
+        running = d.pixels()
+        d.key("b")
+        d.shows("held at step")
+        at = int(d.title().split("held at step ")[1].split()[0])
+        for step in range(at, at + 3):
+            assert calls() == step  # its call has not returned
+            d.key("o")
+            d.shows(f"held at step {step + 1}")
+        assert differing(running, d.pixels()) > 0.001
+        if shot := os.environ.get("TRACEJIT_KEEP_SHOT"):
+            d.pixels().save(shot)
+        spent = cpu_seconds(trainer.pid)
+        time.sleep(1.0)
+        assert cpu_seconds(trainer.pid) - spent <= 0.02 and calls() == at + 3
+        d.key("b")
+        d.wait(lambda: "held" not in d.title() and calls() > at + 10)
+        d.key("b")
+        d.shows("held at step")
+        d.app.kill()
+        before = calls()
+        end = time.monotonic() + 10
+        while calls() < before + 10:
+            assert time.monotonic() < end and trainer.poll() is None
+            time.sleep(0.02)
+    finally:
+        trainer.kill()
+        trainer.wait()
+        d.close()
+
+
+def cpu_seconds(pid: int) -> float:
+    fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")

@@ -13,7 +13,7 @@ from .ui import SPEEDS, UiState, speed_text
 if TYPE_CHECKING:
     from .camera import Camera
     from .draw.window import Window
-    from .history import Step
+    from .history import Session, Step, Trainer
     from .hub import Hub
     from .scene import Scene
 
@@ -33,6 +33,7 @@ class Actions:
     scene: Scene | None
     _fitted: bool
     _ended_at: float | None
+    _stood: tuple[int, int, int] | None  # where the program on screen was last seen held
     _gif: list[pygame.Surface] | None
     _gif_next: float
 
@@ -43,6 +44,14 @@ class Actions:
 
     def rebuild(self, keep: tuple[float, float] | None = None) -> None:
         """Lay out again."""
+        raise AssertionError("provided by App")
+
+    def programs(self) -> list[tuple[Trainer, Session]]:
+        """All programs of all trainers."""
+        raise AssertionError("provided by App")
+
+    def show_program(self, trainer: Trainer, session: Session) -> None:
+        """Make a program the one on screen."""
         raise AssertionError("provided by App")
 
     def toast(self, text: str, now: float, seconds: float = 2.5) -> None:
@@ -74,6 +83,10 @@ class Actions:
             self.follow()
         elif name == "program":
             self.next_program()
+        elif name == "hold":
+            self.hold_program(now)
+        elif name == "step":
+            self.step_program(now)
         elif name == "select" and isinstance(argument, int):
             ui.selected, ui.scroll = argument, 0
             self.fit(now, argument)
@@ -166,6 +179,59 @@ class Actions:
             self.toast("only a running program can be asked for values", now)
         else:
             self.ui.session.revision += 1
+
+    # -- the program itself --------------------------------------------------------------------------------------------
+    def _trainer(self) -> Trainer | None:
+        return next((t for t, s in self.programs() if s is self.ui.session), None)
+
+    def hold_program(self, now: float) -> None:
+        """Stop the program that is on screen after its present step, or let it go on."""
+        trainer = self._trainer()
+        done = False
+        if trainer is not None and self.hub is not None:
+            done = self.hub.release(trainer) if trainer.held else self.hub.hold(trainer)
+        self._ordered(done, now)
+
+    def step_program(self, now: float) -> None:
+        """Let a held program run one step; a running one is asked to stop."""
+        trainer = self._trainer()
+        done = False
+        if trainer is not None and self.hub is not None:
+            if trainer.held == "held":
+                done = self.hub.step(trainer)
+            else:  # a key held down asks no faster than the program can step
+                done = bool(trainer.held) or self.hub.hold(trainer)
+        self._ordered(done, now)
+
+    def _ordered(self, done: bool, now: float) -> None:
+        if not done:
+            self.toast("only a running program can be held and stepped", now)
+        elif self.ui.session is not None:
+            self.ui.session.revision += 1
+
+    def _follow_held(self) -> None:
+        """Say which program is held; show the step at which it has come to stand."""
+        ui, shown = self.ui, self._trainer()
+        ui.held = shown.held if shown is not None else ""
+        ui.held_name = ""
+        if shown is None or not shown.held:
+            other = next((t for t, _ in self.programs() if t.held == "held"), None)
+            ui.held_name = other.title if other is not None else ""
+        if shown is None or shown.held_at is None or ui.held != "held":
+            return
+        program, step = shown.held_at
+        ui.held_step = step
+        session = shown.sessions.get(program)
+        if session is None or self._stood == (id(shown), program, step):
+            return
+        self._stood = (id(shown), program, step)
+        self.show_program(shown, session)
+        if session.last is not None:
+            self._use(session.last)
+        ui.follow = True
+        self._ended_at = None
+        if ui.playing:
+            ui.t = 0.0
 
     def show_code(self, slot: int, now: float) -> None:
         """Open the generated code of a kernel; a live trainer is asked for it first."""

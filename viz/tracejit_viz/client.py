@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any
 
 from . import place, wire
 from .errors import NoDisplayError
+from .gate import Gate
 from .values import summarize
 
 if TYPE_CHECKING:
@@ -101,6 +102,7 @@ class LiveObserver:
         self._socket: socket.socket | None = None
         self._process: subprocess.Popen[bytes] | None = None
         self._reader = wire.FrameReader()
+        self._gate = Gate()
         self._wanted: dict[int, set[int]] = {}
         self._kernels: dict[int, dict[int, KernelInfo]] = {}
         self._asked_source: list[tuple[int, int]] = []
@@ -151,12 +153,12 @@ class LiveObserver:
             self._pump()
 
     def timed(self, program: int) -> bool:
-        """Whether the next call is to be timed: when values were asked for, and now and then."""
+        """Whether the next call is to be timed: when values were asked for, when stepped, and now and then."""
         if self._dead:
             return False
         now = self._look()
         known = self._plain.get(program)
-        if known is None or self._wanted.get(program):
+        if known is None or self._gate.closed or self._wanted.get(program):
             return True
         return now >= self._next_timed and math.isfinite(known)
 
@@ -185,7 +187,12 @@ class LiveObserver:
         now = time.monotonic()
         urgent = event.nan_node is not None or bool(event.values)
         whole = urgent or len(event.kernels) > 0
+        if whole:  # a call of seconds stops at its own end
+            now = self._look()
         self._account(event, whole, now)
+        if self._gate.closed and self.alive:
+            self._stand(event)
+            return
         if not urgent and now < (self._next_step if whole else self._next_light):
             self._held[whole] = event
             if now > self._rest_from.setdefault(event.program, now + SETTLED):
@@ -198,9 +205,7 @@ class LiveObserver:
                 self._next_step = now + 1.0 / MAX_RATE
             self._next_light = now + 1.0 / LIGHT_RATE
             self._held[whole] = event
-            for node, array in event.values.items():
-                self._wanted.get(event.program, set()).discard(node)
-                self._queue_bytes(wire.values_frame(event.program, node, summarize(array, event.step)))
+            self._queue_values(event)
             if not self._pump() and not urgent:
                 self.dropped += 1
                 return
@@ -209,6 +214,42 @@ class LiveObserver:
                 self._next_timed += (time.monotonic() - now) / BUDGET
         finally:
             self._lock.release()
+
+    def _stand(self, event: StepEvent) -> None:
+        """Show the step at which the program is held, and wait there until the viewer lets it go or is gone."""
+        with self._lock:
+            self._held.clear()  # whatever is older
+            self._queue_values(event)
+            self._queue_bytes(bytes(self._encode(event)))
+            self._tell_held(event, True)
+            self.sent += 1
+        why = "interrupted"
+        try:
+            why = self._gate.wait(lambda: self._socket if self.alive else None, self._serve)
+        finally:
+            if why:  # an interrupted program shall end, or go on with what it does about it
+                self._gate.closed = False
+            with self._lock:
+                if not self._dead:
+                    self._tell_held(event, False, why)
+                    self._pump()
+                self._next_poll = 0.0
+
+    def _tell_held(self, event: StepEvent, held: bool, why: str = "") -> None:
+        self._queue_bytes(
+            wire.pack(wire.HELD, {"program": event.program, "step": event.step, "held": held, "why": why})
+        )
+
+    def _serve(self) -> bool:
+        """Answer the viewer while the program waits; True when something is left to send."""
+        with self._lock:
+            self._receive()
+            return not self._pump()
+
+    def _queue_values(self, event: StepEvent) -> None:
+        for node, array in event.values.items():
+            self._wanted.get(event.program, set()).discard(node)
+            self._queue_bytes(wire.values_frame(event.program, node, summarize(array, event.step)))
 
     def _account(self, event: StepEvent, whole: bool, now: float) -> None:
         """Learn what a call takes without kernel times, and from that when the next timed one is due."""
@@ -354,6 +395,10 @@ class LiveObserver:
             self._lost()  # not a viewer we understand
 
     def _request(self, frame: wire.Frame) -> None:
+        if frame.kind == wire.CONTROL:
+            self._gate.hear(str(frame.header.get("run")))
+            self._rest_until = 0.0
+            return
         if frame.kind != wire.WANT:
             return
         program = int(frame.header.get("program", -1))

@@ -149,6 +149,11 @@ class Session:
         if step.loss is not None:
             self._add_loss(step.step, float(step.loss))
 
+    def stood(self) -> None:
+        """The program was held: the time until its next step says nothing about its speed."""
+        self._last_begin = None
+        self.revision += 1
+
     def step_seconds(self, step: Step | None) -> float:
         """What a step of the training takes: untimed ones if there were any, else the given one."""
         if self.plain or step is None:
@@ -281,3 +286,5 @@ class Trainer:
     active: int | None = None
     alive: bool = True
     message: str = ""
+    held: str = ""  # "" | asked | held | stepping: how far the program has followed the user who steps it
+    held_at: tuple[int, int] | None = None  # (program, step) where it stands, while ``held`` is "held"

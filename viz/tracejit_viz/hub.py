@@ -13,6 +13,7 @@ from pathlib import Path
 
 from . import place, wire
 from .errors import GraphFormatError, WireError
+from .gate import ALIVE, GO, HEARTBEAT, HOLD, STEP
 from .history import Session, Trainer
 from .recording import apply_frame
 
@@ -27,6 +28,7 @@ class _Link:
     reader: wire.FrameReader = field(default_factory=wire.FrameReader)
     greeted: bool = False
     out: bytearray = field(default_factory=bytearray)
+    beat: float = 0.0  # when a held program was last told that the viewer lives
 
 
 class Hub:
@@ -64,6 +66,8 @@ class Hub:
                 if not self._read(link):
                     break
                 changed = True
+            if link.trainer.held == "held" and time.monotonic() > link.beat + HEARTBEAT:
+                self._control(link, ALIVE)
             self._flush(link)
         return changed
 
@@ -85,6 +89,8 @@ class Hub:
                     link.greeted = True
                     self._admit(link.trainer)
                 session = apply_frame(link.trainer, frame)
+                if frame.kind == wire.HELD:
+                    self._stands(link.trainer, frame)
                 if frame.kind == wire.COMPILE and session is not None:
                     self.fresh.append((link.trainer, session))
         except (WireError, GraphFormatError, ValueError, KeyError, TypeError) as error:
@@ -104,7 +110,7 @@ class Hub:
             link.sock.close()
         if link in self._links:
             self._links.remove(link)
-        link.trainer.alive = False
+        link.trainer.alive, link.trainer.held = False, ""
         for s in link.trainer.sessions.values():
             s.ended = True
             s.wanted.clear()
@@ -138,6 +144,47 @@ class Hub:
             return False
         link.out += wire.pack(wire.WANT, {"program": session.program, "kernel": kernel})
         return True
+
+    # -- stepping the program itself ---------------------------------------------------------------------------------
+    def hold(self, trainer: Trainer) -> bool:
+        """Ask a program to stop at the end of its present step; False when it cannot be asked."""
+        return self._order(trainer, HOLD, "asked")
+
+    def step(self, trainer: Trainer) -> bool:
+        """Let a held program run one step."""
+        return self._order(trainer, STEP, "stepping")
+
+    def release(self, trainer: Trainer) -> bool:
+        """Let a held program run on."""
+        return self._order(trainer, GO, "")
+
+    def _order(self, trainer: Trainer, what: str, then: str) -> bool:
+        link = next((k for k in self._links if k.trainer is trainer), None)
+        if link is None or not trainer.alive:
+            return False
+        trainer.held = then
+        self._control(link, what)
+        self._flush(link)
+        return True
+
+    def _control(self, link: _Link, what: str) -> None:
+        link.beat = time.monotonic()
+        link.out += wire.pack(wire.CONTROL, {"run": what})
+
+    def _stands(self, trainer: Trainer, frame: wire.Frame) -> None:
+        """A program says that it is held at a step, or no longer."""
+        program, step = int(frame.header.get("program", -1)), int(frame.header.get("step", 0))
+        session, why = trainer.sessions.get(program), str(frame.header.get("why") or "")
+        if session is None:
+            return
+        session.stood()
+        if frame.header.get("held"):
+            trainer.held, trainer.held_at = "held", (program, step)
+        elif why:
+            trainer.held = ""
+            self.messages.append(f"{trainer.title} runs on: {why}")
+        elif trainer.held == "held":
+            trainer.held = ""
 
     def _link_of(self, session: Session) -> _Link | None:
         return next((k for k in self._links if session in k.trainer.sessions.values()), None)

@@ -70,6 +70,10 @@ def press(app: App, event: pygame.event.Event, now: float) -> None:
         app.fit(now, ui.selected if app._fitted and not app.camera.flying else None)
     elif key == pygame.K_l:
         app.follow()
+    elif key == pygame.K_b:
+        app.hold_program(now)
+    elif key == pygame.K_o:
+        app.step_program(now)
     elif key == pygame.K_g:
         app.set_show(SHOWS[(SHOWS.index(ui.show) + 1) % 3])
     elif key == pygame.K_h:

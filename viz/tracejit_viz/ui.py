@@ -27,6 +27,8 @@ SHORTCUTS = (
     ("+ −", "faster / slower;  with Ctrl: everything larger / smaller"),
     ("L", "follow the training live"),
     ("F", "fit everything (again: fit the selection)"),
+    ("B", "hold the program itself after its present step / let it go on"),
+    ("O", "let the held program run one step"),
     ("wheel, drag", "zoom, pan"),
     ("G", "forward / gradient / both"),
     ("H", "heat map: off / time / memory"),
@@ -113,6 +115,9 @@ class UiState:
     program: int = 0
     live: bool = False
     steps_total: int = 0
+    held: str = ""  # of the program on screen: "" | asked | held | stepping (see history.Trainer)
+    held_step: int = 0
+    held_name: str = ""  # another program that is held
 
     @property
     def duration(self) -> float:

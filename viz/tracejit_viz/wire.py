@@ -23,8 +23,9 @@ if TYPE_CHECKING:
 
 MAGIC = b"TJ"
 VERSION = 1
-HELLO, COMPILE, STEP, VALUES, SOURCE, WANT, BYE = range(1, 8)
-KINDS = frozenset(range(1, 8))
+#: CONTROL: the viewer holds the program or lets it go on; HELD: where it stands. Never in recordings.
+HELLO, COMPILE, STEP, VALUES, SOURCE, WANT, BYE, CONTROL, HELD = range(1, 10)
+KINDS = frozenset(range(1, 10))
 
 HEAD = struct.Struct("<2sBBII")
 #: program, step, kernels, begin ns, duration ns, ns per time unit, bytes per memory unit, loss, NaN node, flags, skipped

@@ -151,6 +151,7 @@ class Inspector:
             id(values),
             ui.path,
             len(s.wanted) if s else 0,
+            ui.held and ui.held_step,  # a held program is shown as it stands
         )
         live = (s.revision if s else 0, id(ui.step))
         if (

@@ -16,6 +16,8 @@ from .theme import ACCENT, CARD, CATEGORY, FAINT, GOOD, LINE, MUTED, PANEL, TEXT
 Zone = tuple[pygame.Rect, Action]
 REFRESH, CALM_REFRESH = 0.25, 1.0  # seconds between looks at the numbers of a running program
 
+NUMBERS = 290.0  # pixels for loss, step and step time beside the badge of a held program
+
 
 class TopBar:
     """Draws the bar and remembers where its buttons are."""
@@ -63,6 +65,9 @@ class TopBar:
             ui.program,
             ui.programs,
             ui.steps_total,
+            ui.held,
+            ui.held_step,
+            ui.held_name,
         )
         news = s.revision if s else 0
         pause = CALM_REFRESH if calm else REFRESH
@@ -107,7 +112,8 @@ class TopBar:
         elif w < 700:
             x = 142.0
         x = max(x, min(404.0, w * 0.21)) if w >= 1200 else x
-        if w >= 620:
+        held = bool(ui.held or ui.held_name)  # its badge needs room: what has a key as well makes it
+        if w >= (1100 if held else 620):
             self._segment(c, x, h, ui)
             x += segment + 36
         for j, name in enumerate(("prev", "play", "next")):
@@ -119,10 +125,13 @@ class TopBar:
             self._glyph(c, cx, mid, name, ui.playing)
             self.zones.append((pygame.Rect(cx - 17, mid - 17, 34, 34), (name, None)))
         x += 120
-        if x + 180 < right:
+        if x + 180 < right and (w >= 1500 or not held):
             x = self._speed(c, x + 2, mid, ui)
-        right = self._numbers(c, w, mid, ui, x)
-        if right - x > 150:
+        badge, room = self._badge_for(ui, w - x - NUMBERS)
+        right = self._numbers(c, w, mid, ui, x, room or 190.0)
+        if badge:
+            self._badge(c, x + 22, mid, ui, badge)
+        elif right - x > 150:
             self._search(c, x + 24, min(214.0, right - x - 48), mid, ui, clock)
         if len(self.zones) == 0:
             self.zones.append((pygame.Rect(0, 0, w, h), ("none", None)))
@@ -137,11 +146,15 @@ class TopBar:
             self._glyph(c, cx, mid, name, ui.playing)
             self.zones.append((pygame.Rect(cx - 14, 2, 28, h - 4), (name, None)))
         s = ui.session
-        if s is not None:
+        if ui.held:
+            text = self.fonts.fit(self._badge_text(ui, brief=True), 12, w - 130 - 70)
+            c.text(text, (118, mid), 12, WARM, weight=SEMIBOLD)
+            self.zones.append((pygame.Rect(112, 2, max(1, w - 190), h - 4), ("hold", None)))
+        elif s is not None:
             text = self.fonts.fit(s.name, 12, w - 130 - 70, MONO, REGULAR)
             c.text(text, (118, mid), 12, MUTED, MONO, REGULAR)
-            if s.loss:
-                c.text(number_text(s.loss[-1]), (w - 10, mid), 12, TEXT, MONO, BOLD, "rc")
+        if s is not None and s.loss:
+            c.text(number_text(s.loss[-1]), (w - 10, mid), 12, TEXT, MONO, BOLD, "rc")
 
     def _glyph(self, c: Canvas, cx: float, mid: float, name: str, playing: bool) -> None:
         if name == "play":
@@ -208,8 +221,62 @@ class TopBar:
             c.text("/", (x + w - 20, mid), 11, MUTED, MONO, BOLD, "cc")
         self.zones.append((pygame.Rect(x, mid - 15, w, 30), ("search", None)))
 
-    def _numbers(self, c: Canvas, w: int, mid: float, ui: UiState, left: float) -> float:
-        """Loss curve and numbers from the right edge; returns where they begin."""
+    # -- stepping the program itself ---------------------------------------------------------------------------------
+    def _badge_text(self, ui: UiState, *, brief: bool = False) -> str:
+        if not ui.held:
+            return f"{ui.held_name[:24]} is held" if ui.held_name else ""
+        if ui.held == "asked":
+            return "holding …" if brief else "program stops after this step …"
+        what = f"at step {count_text(ui.held_step)}" if ui.held == "held" else "runs one step …"
+        if brief:
+            return f"held {what}" if ui.held == "held" else what
+        return f"program held {what}" if ui.held == "held" else f"program {what}"
+
+    def _badge_for(self, ui: UiState, room: float) -> tuple[list[tuple[str, str, Action]], float]:
+        """The badge of a held program as (key, text, action), first its title; and its width. The longest that fits."""
+        if not (ui.held or ui.held_name):
+            return [], 0.0
+        keys: list[tuple[str, str, Action]]
+        keys = [("O", "one step", ("step", None)), ("B", "go on", ("hold", None))]
+        if not ui.held:
+            keys = [("Tab", "to it", ("program", 1))]
+        brief = self._badge_text(ui, brief=True)
+        forms = ((self._badge_text(ui), True), (brief, True), (brief, False), ("held", False))
+        # Room that numbers lose to a shorter form rather than to a longer one.
+        spared = (0.0, 100.0, NUMBERS, NUMBERS)
+        for (title, words), more in zip(forms, spared):
+            parts: list[tuple[str, str, Action]] = [("", title, ("none", None))]
+            parts += [(key, text if words else "", action) for key, text, action in keys]
+            width = 16.0 + sum(self._part_width(key, text) for key, text, _ in parts)
+            if width + 30 <= room + more:
+                break
+        return parts, width + 30
+
+    def _part_width(self, key: str, text: str) -> float:
+        cap = self.fonts.width(key, 11, MONO, BOLD) + 18 if key else 0.0
+        return cap + (self.fonts.width(text, 12, UI, SEMIBOLD) + 12 if text else 0.0)
+
+    def _badge(
+        self, c: Canvas, x: float, mid: float, ui: UiState, parts: list[tuple[str, str, Action]]
+    ) -> None:
+        width = 16.0 + sum(self._part_width(key, text) for key, text, _ in parts)
+        c.rect((x, mid - 15, width, 30), mix(PANEL, WARM, 0.2), 8)
+        c.rect((x, mid - 15, width, 30), WARM, 8, 1.2)
+        x += 12
+        for key, text, action in parts:
+            whole, at = self._part_width(key, text), x
+            if key:
+                cap = self.fonts.width(key, 11, MONO, BOLD) + 12
+                c.rect((x, mid - 9, cap, 18), mix(PANEL, WARM, 0.75), 4)
+                c.text(key, (x + cap / 2, mid), 11, PANEL, MONO, BOLD, "cc")
+                at += cap + 6
+                self.zones.append((pygame.Rect(x - 3, mid - 14, whole, 28), action))
+            if text:
+                c.text(text, (at, mid), 12, WARM if not key else TEXT, weight=SEMIBOLD)
+            x += whole
+
+    def _numbers(self, c: Canvas, w: int, mid: float, ui: UiState, left: float, kept: float) -> float:
+        """Loss curve and numbers from the right edge; returns where they begin. ``kept`` pixels after ``left`` stay free."""
         s = ui.session
         if s is None:
             return float(w)
@@ -223,14 +290,14 @@ class TopBar:
             at_step = s.total_steps - 1 if ui.live and ui.follow else step.step
             entries.append(("step", count_text(at_step), 14))
             entries.append(("step time", time_text(s.step_seconds(step)), 14))
-        if s.rate > 0:
+        if s.rate > 0 and not ui.held:
             entries.append(
                 ("steps/s", f"{s.rate:,.0f}".replace(",", " ") if s.rate >= 100 else f"{s.rate:.3g}", 14)
             )
         widths = [max(84.0, self.fonts.width(value, px, MONO, BOLD) + 26.0) for _, value, px in entries]
-        live = 66 if ui.live and not s.ended else 0
+        live = 66 if ui.live and not (s.ended or ui.held) else 0
         curve = 130 if len(s.loss) > 2 else 0  # worth more than the step rate
-        while entries and w - 6 - sum(widths) - live - (curve if len(entries) > 3 else 0) < left + 190:
+        while entries and w - 6 - sum(widths) - live - (curve if len(entries) > 3 else 0) < left + kept:
             entries.pop()  # the least important goes first
             widths.pop()
         x = float(w) - 6
@@ -238,14 +305,14 @@ class TopBar:
             x -= width
             c.text(title, (x, mid - 9), 11, MUTED)
             c.text(value, (x, mid + 8), px, TEXT, MONO, BOLD)
-        if ui.live and not s.ended:
+        if ui.live and not s.ended and not ui.held:
             dot = GOOD if ui.follow else MUTED
-            if x - 60 > left + 190:
+            if x - 60 > left + kept:
                 c.circle((x - 26, mid), 4, dot)
                 c.text("LIVE", (x - 34, mid), 9.5, dot, weight=BOLD, anchor="rc")
                 self.zones.append((pygame.Rect(x - 66, mid - 14, 52, 28), ("follow", None)))
                 x -= 66
-        room = min(204.0, x - left - 190 - 20)
+        room = min(204.0, x - left - kept - 20)
         if len(s.loss) > 2 and room >= 80:
             self._curve(c, x - room - 16, room, mid, s.loss)
             x -= room + 28
