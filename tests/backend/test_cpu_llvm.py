@@ -32,7 +32,9 @@ def library(request):
     if request.param is llvmlib.Public:
         return llvmlib.Public()
     if not llvmlite.__version__.startswith(llvmlib._KNOWN):
-        pytest.skip(f"llvmlite {llvmlite.__version__} goes through its Python interface until it is in _KNOWN")
+        pytest.skip(
+            f"llvmlite {llvmlite.__version__} goes through its Python interface until it is in _KNOWN"
+        )
     found = llvmlib.open_library()
     assert isinstance(found, llvmlib.Direct)
     return found
