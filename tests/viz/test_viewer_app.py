@@ -529,7 +529,7 @@ def test_a_playing_window_is_polite_while_the_program_runs(driver):
     app._spare.cores, app._spare._seen = 0.1, (time.monotonic(), 0.0, 0.0)
     assert app.frame_rate() <= 30
     app._cost = 1.0
-    assert app.frame_rate() == 3  # however slow the machine, the window lives
+    assert app.frame_rate() == 1  # however slow the machine, the window lives
     app._spare.cores = 1.2
     assert app.frame_rate() == 60  # a core nobody uses
 
