@@ -8,8 +8,8 @@ validation loss of about 1.5 nats per character (letter frequencies alone give 3
 sample that looks like the reference manual from afar; and the loss of the weights reloaded from FILE, equal
 to the one before. The same seed gives the same loss curve. About half a minute on two cores::
 
-    training ━━━━━━━━━━━━━━━━━━━━━━━━━━━━ 600/600 loss 1.566 45,000 tokens/s 0:00:00
-    213,351 parameters, 600 steps in 27.0 s
+    training ━━━━━━━━━━━━━━━━━━━━━━━━━━━━ 600/600 loss 1.566 37,022 tokens/s 0:00:00
+    213,351 parameters, 600 steps in 33.2 s
     validation loss 1.5450 nats per character
 
 With ``--device numpy``, the reference interpreter, the default is the smaller model of two layers: about 1.9
