@@ -82,9 +82,6 @@ class LoopCompiler(Splits):
                 break
             prefix.append(axis)
             tasks *= self.local.domain[axis]
-        block = 1
-        if len(prefix) == 1 and chunks == 1 and size * self.cost < 4096:
-            pass
         fn, em, _ = self._begin(0, [])
         self._emit_depth(em, order, 0, lambda i: True)
         inner = self.par[len(prefix) :]
@@ -92,15 +89,7 @@ class LoopCompiler(Splits):
             for d in range(1, len(prefix) + 1):
                 self._emit_depth(em, order, d, lambda i: True)
 
-            def nest(rest: Sequence[int], depth: int) -> None:
-                if rest:
-                    with fn.loop(0, self.local.domain[rest[0]]) as i:
-                        em.index[rest[0]] = i
-                        saved = dict(em.shared)
-                        self._emit_depth(em, order, depth, lambda i: True)
-                        nest(rest[1:], depth + 1)
-                        em.shared = saved
-                    return
+            def innermost(depth: int) -> None:
                 if self.v < 0:
                     return
                 low, high = "0", str(size)
@@ -117,8 +106,8 @@ class LoopCompiler(Splits):
                     chunks == 1,
                 )
 
-            nest(inner, len(prefix) + 1)
-        self._end(fn, [], tasks * chunks * block, self.size)
+            self._nest(em, order, inner, len(prefix) + 1, lambda i: True, innermost)
+        self._end(fn, [], tasks * chunks, self.size)
 
     def _rows_plan(self) -> None:
         outer = math.prod(self.local.domain[a] for a in self.par)
@@ -140,20 +129,12 @@ class LoopCompiler(Splits):
             for d in range(1, len(prefix) + 1):
                 self._emit_depth(em, order, d, pre)
 
-            def nest(rest: Sequence[int], depth: int) -> None:
-                if rest:
-                    with fn.loop(0, self.local.domain[rest[0]]) as i:
-                        em.index[rest[0]] = i
-                        saved = dict(em.shared)
-                        self._emit_depth(em, order, depth, pre)
-                        nest(rest[1:], depth + 1)
-                        em.shared = saved
-                    return
+            def innermost(depth: int) -> None:
                 saved = dict(em.shared)
                 self._sweeps(em, order, depth, kept, range(self.top + 1))
                 em.shared = saved
 
-            nest(self.par[len(prefix) :], len(prefix) + 1)
+            self._nest(em, order, self.par[len(prefix) :], len(prefix) + 1, pre, innermost)
         self._end(fn, [], tasks, self.size)
 
     def _columns_plan(self, local_override: Local | None = None) -> None:

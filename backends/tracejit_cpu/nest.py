@@ -133,6 +133,26 @@ class Nest:
                 for u in range(copies):
                     em.emit(i, u)
 
+    def _nest(
+        self,
+        em: Emitter,
+        order: Sequence[int],
+        axes: Sequence[int],
+        depth: int,
+        wanted: Callable[[int], bool],
+        innermost: Callable[[int], None],
+    ) -> None:
+        """Loops over ``axes``, one in the other, each with the instructions of its depth; ``innermost(depth)`` inside."""
+        if not axes:
+            innermost(depth)
+            return
+        with em.fn.loop(0, self.local.domain[axes[0]]) as i:
+            em.index[axes[0]] = i
+            saved = dict(em.shared)
+            self._emit_depth(em, order, depth, wanted)
+            self._nest(em, order, axes[1:], depth + 1, wanted, innermost)
+            em.shared = saved
+
     @contextlib.contextmanager
     def _task_loop(self, em: Emitter, axes: Sequence[int], extra: int = 0) -> Iterator[str]:
         """Loop over tasks; the prefix ``axes`` are decoded from the task number, yields the remaining ``extra`` part."""

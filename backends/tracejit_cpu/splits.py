@@ -105,15 +105,7 @@ class Splits(Sweeps):
 
                 self._vector_loop(em, "0", str(size), 1, size, columns, True)
 
-            def nest(rest: Sequence[int], depth: int) -> None:
-                if rest:
-                    with fn.loop(0, local.domain[rest[0]]) as i:
-                        em.index[rest[0]] = i
-                        saved = dict(em.shared)
-                        self._emit_depth(em, order, depth, plain)
-                        nest(rest[1:], depth + 1)
-                        em.shared = saved
-                    return
+            def innermost(depth: int) -> None:
                 count = fn.op(f"sub i64 {high}, {low}")
                 whole = fn.imul(fn.op(f"udiv i64 {count}, {group}"), group)
                 middle = fn.iadd(low, whole)
@@ -123,7 +115,7 @@ class Splits(Sweeps):
                     with fn.loop(middle, high) as r:
                         rows_loop(1, r)
 
-            nest(others, len(self.par) + 1)
+            self._nest(em, order, others, len(self.par) + 1, plain, innermost)
         self._end(fn, temps, outer * chunks, self.size)
         self._combine_columns(temps, chunks, outer)
 
