@@ -1,8 +1,8 @@
 """Finds installed plug-ins by entry point without ``importlib.metadata``, whose import costs a first call 20 ms.
 
-``backend.py`` asks for the group ``tracejit.backends``. Only what every installer writes is read: the ``entry_points.txt``
-in the ``*.dist-info`` and ``*.egg-info`` folders on ``sys.path``. Where distributions can live elsewhere too (zip files,
-a finder of an import hook) the standard library looks for them.
+``backend.py`` asks for the group ``tracejit.backends``, ``watching.py`` for ``tracejit.viewers``. Only what every
+installer writes is read: the ``entry_points.txt`` in the ``*.dist-info`` and ``*.egg-info`` folders on ``sys.path``. Where
+distributions can live elsewhere too (zip files, a finder of an import hook) the standard library looks for them.
 """
 
 from __future__ import annotations

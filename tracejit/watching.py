@@ -8,12 +8,11 @@ from __future__ import annotations
 import base64
 import contextlib
 import html
-import importlib.metadata
 import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from tracejit import events
+from tracejit import events, plugins
 from tracejit.errors import TraceError
 from tracejit.graph import Graph
 from tracejit.ops.composites import op_table
@@ -26,7 +25,7 @@ def viewer() -> Any:
     global _viewer
     if _viewer is not None:
         return _viewer
-    for entry in importlib.metadata.entry_points(group="tracejit.viewers"):
+    for entry in plugins.find("tracejit.viewers").values():
         _viewer = entry.load()
         return _viewer
     raise TraceError.make(

@@ -13,7 +13,6 @@ number. Four plans exist:
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 
 from tracejit_cpu.body import ARG, Local, is_full
 from tracejit_cpu.irbuilder import Module
