@@ -13,8 +13,9 @@ sys.path.insert(0, str(Path(__file__).parent))
 import pytest
 import synth
 
-from tracejit_viz import wire
+from tracejit_viz import place, wire
 from tracejit_viz.history import Session, Trainer
+from tracejit_viz.hub import Hub
 
 
 def session_of(event, steps: int = 5, **kwargs) -> Session:
@@ -72,3 +73,15 @@ def meeting(tmp_path, monkeypatch) -> Path:
     """A private meeting place, so that tests never talk to a viewer of the user's."""
     monkeypatch.setenv("TRACEJIT_VIEWER_DIR", str(tmp_path / "meet"))
     return tmp_path / "meet"
+
+
+@pytest.fixture(params=["unix", "tcp"])
+def hub(request, meeting, monkeypatch):
+    """A listening viewer without a window, over both transports."""
+    if request.param == "tcp":
+        monkeypatch.setenv("TRACEJIT_VIEWER_TCP", "1")
+    elif not place.USE_UNIX:
+        pytest.skip("no unix sockets on this system")
+    hub = Hub(place.meeting_dir())
+    yield hub
+    hub.close()

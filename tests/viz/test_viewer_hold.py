@@ -15,22 +15,10 @@ from test_viewer_live import pump
 
 import tracejit as tj
 from tracejit import events
-from tracejit_viz import client, gate, place
+from tracejit_viz import client, gate
 from tracejit_viz.client import LiveObserver
 from tracejit_viz.history import Trainer
 from tracejit_viz.hub import Hub
-
-
-@pytest.fixture(params=["unix", "tcp"])
-def hub(request, meeting, monkeypatch):
-    """A listening viewer without a window, over both transports."""
-    if request.param == "tcp":
-        monkeypatch.setenv("TRACEJIT_VIEWER_TCP", "1")
-    elif not place.USE_UNIX:
-        pytest.skip("no unix sockets on this system")
-    hub = Hub(place.meeting_dir())
-    yield hub
-    hub.close()
 
 
 class Program:

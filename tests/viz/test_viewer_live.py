@@ -21,18 +21,6 @@ from tracejit_viz.hub import Hub
 from tracejit_viz.plugin import Viewer
 
 
-@pytest.fixture(params=["unix", "tcp"])
-def hub(request, meeting, monkeypatch):
-    """A listening viewer without a window, over both transports."""
-    if request.param == "tcp":
-        monkeypatch.setenv("TRACEJIT_VIEWER_TCP", "1")
-    elif not place.USE_UNIX:
-        pytest.skip("no unix sockets on this system")
-    hub = Hub(place.meeting_dir())
-    yield hub
-    hub.close()
-
-
 def pump(hub: Hub, until, seconds: float = 5.0) -> None:
     end = time.monotonic() + seconds
     while not until():
