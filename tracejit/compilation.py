@@ -270,12 +270,10 @@ class Entry:
         inputs = self.gather(leaves)
         begin = time.perf_counter_ns()
         outs = self.executable(inputs)
-        finish, loss = (
-            begin,
-            None,
-        )  # a GPU has only been given its work, and waiting for it would slow the program
         if self.device.backend.on_host:
             finish, loss = time.perf_counter_ns(), self._loss(outs)
+        else:  # a GPU has only been given its work, and waiting for it would slow the program
+            finish, loss = begin, None
         event = events.StepEvent(
             self.id, self.steps, _NO_KERNELS, _NO_TIMES, _NO_TIMES, _NO_TIMES, _NO_LANES, begin, finish, loss
         )
@@ -327,10 +325,10 @@ def compile_entry(traced: Traced, name: str, device: Device, leaves: Sequence[An
     """Optimise, lower and compile one trace for one device, or let the backend take all that from its disk cache."""
     t0 = time.perf_counter()
     stages = Stages(traced.graph, device)
-    backend, key = device.backend, None
-    if hasattr(backend, "restore") and not checking():
-        key = program_key(traced.graph)
-    executable = None if key is None else backend.restore(key, traced.graph, stages, device.spec)  # type: ignore[attr-defined]  # optional
+    backend: Any = device.backend  # ``restore`` and ``remember`` are optional
+    keeps = hasattr(backend, "restore") and not checking()
+    key = program_key(traced.graph) if keeps else None
+    executable = None if key is None else backend.restore(key, traced.graph, stages, device.spec)
     restored = executable is not None
     t1 = time.perf_counter()
     if executable is None:
@@ -340,7 +338,7 @@ def compile_entry(traced: Traced, name: str, device: Device, leaves: Sequence[An
         t2 = time.perf_counter()
         executable = backend.compile(program, device.spec)
         if key is not None:
-            backend.remember(key, executable)  # type: ignore[attr-defined]  # comes with ``restore``
+            backend.remember(key, executable)
     else:
         t2 = t1
     t3 = time.perf_counter()
