@@ -153,7 +153,15 @@ def test_a_viewer_that_hangs_lets_the_program_run(hub, program, monkeypatch):
     assert p.runs()
 
 
-def test_ctrl_c_while_held(hub):
+@pytest.fixture
+def ctrl_c():
+    """Python's own handler of SIGINT, whatever the shell that started the tests in the background made of it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_ctrl_c_while_held(hub, ctrl_c):
     """KeyboardInterrupt comes out of the watched call at once; what the program does then is not held up."""
     observer = LiveObserver(spawn=False)
     asked = threading.Event()
