@@ -28,7 +28,8 @@ from tracejit.jit import TracedFunction
 from tracejit.state import state
 from tracejit_viz.client import LiveObserver
 
-TURNS, SECONDS, SETTLE = 15, 0.65, 5.0  # turns of about two frames
+#: A turn is a few frames of the viewer (it draws one as soon as it may run again); as many turns as this noise needs.
+TURNS, SECONDS, SETTLE = 40, 1.4, 5.0
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 

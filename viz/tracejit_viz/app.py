@@ -35,8 +35,8 @@ from .ui import UiState
 FPS = 60
 #: While a program keeps every core busy and nobody touches the window, drawing may take this part of the machine: a
 #: program that runs on all cores in step loses as much time as any one of them does.
-POLITE_SHARE = 0.004
-POLITE_FPS = (1, 30)
+POLITE_SHARE = 0.0015
+POLITE_FPS = (1.0, 30.0)
 FREE_CORES = 0.9  # idle cores from which on drawing is in nobody's way
 IDLE_FPS = 8
 LISTEN = 0.17  # seconds after which even a sleeping window notices a touch
@@ -200,7 +200,7 @@ class App(Mouse):
             if left > LISTEN and pygame.event.peek():
                 return
 
-    def frame_rate(self) -> int:
+    def frame_rate(self) -> float:
         """Frames per second that the present moment deserves."""
         now = self.clock()
         if self._touched(now):
@@ -212,7 +212,7 @@ class App(Mouse):
         if not self.ui.live or self._spare.update() >= FREE_CORES:
             return FPS
         share = POLITE_SHARE * (os.cpu_count() or 1)
-        return int(min(POLITE_FPS[1], max(POLITE_FPS[0], share / max(1e-4, self._cost))))
+        return min(POLITE_FPS[1], max(POLITE_FPS[0], share / max(1e-4, self._cost)))
 
     def _touched(self, now: float) -> bool:
         """True while somebody looks at the window so closely that every frame counts."""

@@ -14,7 +14,7 @@ from .text import BOLD, MEDIUM, MONO, REGULAR, SEMIBOLD, UI, Fonts
 from .theme import ACCENT, CARD, CATEGORY, FAINT, GOOD, LINE, MUTED, PANEL, TEXT, WARM, mix
 
 Zone = tuple[pygame.Rect, Action]
-REFRESH, CALM_REFRESH = 0.25, 1.0  # seconds between looks at the numbers of a running program
+REFRESH, CALM_REFRESH = 0.25, 2.5  # seconds between looks at the numbers of a running program
 
 NUMBERS = 290.0  # pixels for loss, step and step time beside the badge of a held program
 
