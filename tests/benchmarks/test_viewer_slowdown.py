@@ -38,6 +38,7 @@ pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="re
 def viewer(tmp_path: Any, monkeypatch: Any) -> Any:
     """A window of its own (dummy driver unless VIEWER_DRIVER says x11) and the observer that feeds it."""
     monkeypatch.setenv("TRACEJIT_VIEWER_DIR", str(tmp_path / "meet"))
+    monkeypatch.setenv("TRACEJIT_VIEWER_SIZE", os.environ.get("TRACEJIT_VIEWER_SIZE", "1600x900"))
     monkeypatch.setenv("SDL_VIDEODRIVER", os.environ.get("VIEWER_DRIVER", "dummy"))
     observer = LiveObserver()
     assert observer._process is not None

@@ -36,7 +36,7 @@ FPS = 60
 #: While a program keeps every core busy and nobody touches the window, drawing may take this part of the machine: a
 #: program that runs on all cores in step loses as much time as any one of them does.
 POLITE_SHARE = 0.0015
-POLITE_FPS = (1.0, 30.0)
+POLITE_FPS = (0.5, 30.0)
 FREE_CORES = 0.9  # idle cores from which on drawing is in nobody's way
 IDLE_FPS = 8
 LISTEN = 0.17  # seconds after which even a sleeping window notices a touch

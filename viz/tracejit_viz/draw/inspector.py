@@ -38,7 +38,7 @@ from .theme import (
 
 Zone = tuple[pygame.Rect, Action]
 EDGE = 20
-REFRESH, CALM_REFRESH = 0.7, 3.0  # seconds between looks at the numbers of a running program
+REFRESH, CALM_REFRESH = 0.7, 12.0  # seconds between looks at the numbers of a running program
 TALLEST = 2400
 
 
