@@ -10,7 +10,7 @@ import synth
 from conftest import session_of
 
 from tracejit_viz import keys
-from tracejit_viz.app import POLITE_FPS, App
+from tracejit_viz.app import App
 from tracejit_viz.history import Session, Trainer
 from tracejit_viz.magnify import default_scale
 from tracejit_viz.ui import SHORTCUTS, divide
@@ -529,7 +529,7 @@ def test_a_playing_window_is_polite_while_the_program_runs(driver):
     app._spare.cores, app._spare._seen = 0.1, (time.monotonic(), 0.0, 0.0)
     assert app.frame_rate() <= 30
     app._cost = 1.0
-    assert app.frame_rate() == POLITE_FPS[0] > 0  # however slow the machine, the window lives
+    assert app.frame_rate() == 0.5  # however slow the machine, the window lives
     app._spare.cores = 1.2
     assert app.frame_rate() == 60  # a core nobody uses
 

@@ -163,8 +163,8 @@ class LiveObserver:
         return now >= self._next_timed and math.isfinite(known)
 
     def resting(self, program: int) -> bool:
-        """Most calls are left alone: a call that is told costs 90 to 150 us, nearly all of it because the program has
-        pushed the code for it out of the processor's caches. The last step it learns of is at most 0.1 s from the end.
+        """Most calls are left alone: one that is told was seen to take 90 to 150 us longer in a program that fills the
+        processor's caches. The last step it learns of is at most 0.1 s from the end.
         """
         return time.monotonic() < self._rest_until and program in self._rest_from
 
